@@ -1,0 +1,30 @@
+"""The errors this package raises on purpose.
+
+Every message has four parts, in this order: what is wrong, what was got, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+
+class FusionError(Exception):
+    """Base of every error raised by fusionpasses."""
+
+
+class UnsupportedInput(FusionError):
+    """A tensor, module or argument outside the contract of an op. Nothing was changed."""
+
+
+class ProviderUnavailable(FusionError):
+    """A provider was asked for by name and cannot serve; explicit requests never fall back."""
+
+
+class BadConfig(FusionError):
+    """A setting of the backend, or a registration, that cannot be honoured. Raised before compilation."""
+
+
+class OpCountMismatch(FusionError, AssertionError):
+    """The compiled graphs do not hold the number of ops a test asked for."""
+
+
+class NotEquivalent(FusionError, AssertionError):
+    """A graph computes something else after the passes than before them."""

@@ -1,0 +1,9 @@
+"""The custom ops: importing this registers ``torch.ops.fusionpasses.*``.
+
+Each module declares one op packet: contract (docstring), check, reference, fake, samples.
+"""
+
+from fusionpasses.ops import dynamic_mxfp4_quant, mxfp4_gemm, rmsnorm_add_mxfp4_quant, rmsnorm_mxfp4_quant
+from fusionpasses.ops._op import OPS, Op
+
+__all__ = ["OPS", "Op", "dynamic_mxfp4_quant", "mxfp4_gemm", "rmsnorm_add_mxfp4_quant", "rmsnorm_mxfp4_quant"]
