@@ -1,0 +1,210 @@
+"""The Triton provider: every norm and quant op through the one kernel of ``fusionpasses.kernels.rmsnorm_mxfp4_quant``.
+
+Where it stands on the numerics contract of the ops:
+
+- ``dynamic_mxfp4_quant`` gives the reference's bytes for every input, on every GPU.
+- The norm ops do so given the same ``rsqrt(mean(x**2) + eps)``. Here that is a correctly rounded square root and a
+  correctly rounded reciprocal, within 1.5 ulp for its argument and the very number torch computes on a CPU; torch on
+  a GPU uses an approximation and so may differ in the last bits. The mean also depends on the order of the
+  sum; the kernel's docstring has the bound. A different last bit moves a code only where a value lies at a rounding
+  boundary.
+- ``sum`` of the residual ops is exactly the reference's. Payload and sign of a NaN in ``sum`` and ``norm`` are not
+  part of the contract.
+
+Outputs are allocated and the kernel is launched on the current stream; nothing waits for the GPU, so calls can be
+captured in a CUDA graph once the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusionpasses.kernels import rmsnorm_mxfp4_quant as kernels
+from fusionpasses.ops import _mxfp4, _rms_norm
+
+#: In blocks. Rows wider than this no longer fit the registers of one program.
+_WIDEST_TILE = 1024
+
+
+def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    blocks = scales.numel()
+    if blocks == 0:
+        return codes, scales
+    total_blocks = None
+    row_blocks = scales.shape[-1]
+    x, stride = _single_row_stride(x)
+    if stride == x.shape[-1]:
+        # Without a norm, blocks do not depend on each other: cut the whole tensor into equal pieces, whatever its
+        # width, so that short rows fill a program and long ones do not make a huge one.
+        row_blocks = kernels.CHUNK_BLOCKS
+        stride = row_blocks * _mxfp4.BLOCK
+        total_blocks = blocks
+    elif row_blocks > _WIDEST_TILE:
+        return _dynamic_mxfp4_quant(x.contiguous(), scale_mode)
+    with _on_device_of(x):
+        kernels.rmsnorm_mxfp4_quant[(-(-blocks // row_blocks),)](
+            x,
+            None,
+            None,
+            codes,
+            scales,
+            None,
+            None,
+            stride,
+            None,
+            total_blocks,
+            0.0,
+            ROW_BLOCKS=row_blocks,
+            SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
+            NORM=False,
+            ROUND_BEFORE_WEIGHT=False,
+            ROUND_RESULT=False,
+            **kernels.launch_options(row_blocks),
+        )
+    return codes, scales
+
+
+def _rmsnorm_mxfp4_quant(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    cast_order: str,
+    norm_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, None)
+    return codes, scales
+
+
+def _rmsnorm_mxfp4_quant_with_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    cast_order: str,
+    norm_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    norm = _rms_norm.fake(x, weight, cast_order, norm_dtype)
+    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, norm)
+    return codes, scales, norm
+
+
+def _rmsnorm_add_mxfp4_quant(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    cast_order: str,
+    norm_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    total = x.new_empty(x.shape)
+    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, total, None)
+    return codes, scales, total
+
+
+def _rmsnorm_add_mxfp4_quant_with_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    cast_order: str,
+    norm_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    total = x.new_empty(x.shape)
+    norm = _rms_norm.fake(x, weight, cast_order, norm_dtype)
+    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, total, norm)
+    return codes, scales, total, norm
+
+
+#: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
+ADAPTERS: dict[str, Callable[..., Any]] = {
+    "dynamic_mxfp4_quant.default": _dynamic_mxfp4_quant,
+    "rmsnorm_mxfp4_quant.default": _rmsnorm_mxfp4_quant,
+    "rmsnorm_mxfp4_quant.with_norm": _rmsnorm_mxfp4_quant_with_norm,
+    "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add_mxfp4_quant,
+    "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
+}
+
+
+def _launch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    cast_order: str,
+    norm_dtype: torch.dtype | None,
+    scale_mode: str,
+    codes: Tensor,
+    scales: Tensor,
+    total: Tensor | None,
+    norm: Tensor | None,
+) -> None:
+    if scales.numel() == 0:
+        return
+    row_blocks = scales.shape[-1]
+    round_before_weight = cast_order == "cast_scale"
+    # A product of two tensors of x's dtype is rounded to it, whatever it is converted to afterwards.
+    round_product = round_before_weight and weight is not None and weight.dtype == x.dtype
+    round_result = round_product or _rms_norm.result_dtype(x, weight, cast_order, norm_dtype) == x.dtype
+    x, x_stride = _single_row_stride(x)
+    residual_stride = None
+    if residual is not None:
+        residual, residual_stride = _single_row_stride(residual)
+    if weight is not None:
+        weight = weight.contiguous()
+    with _on_device_of(x):
+        kernels.rmsnorm_mxfp4_quant[(scales.numel() // row_blocks,)](
+            x,
+            residual,
+            weight,
+            codes,
+            scales,
+            total,
+            norm,
+            x_stride,
+            residual_stride,
+            None,
+            eps,
+            ROW_BLOCKS=row_blocks,
+            SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
+            NORM=True,
+            ROUND_BEFORE_WEIGHT=round_before_weight,
+            ROUND_RESULT=round_result,
+            **kernels.launch_options(row_blocks),
+        )
+
+
+def _single_row_stride(x: Tensor) -> tuple[Tensor, int]:
+    """``x [..., N]``, or a contiguous copy of it, and the one distance between its consecutive rows."""
+    *sizes, n = x.shape
+    *strides, last = x.stride()
+    if last == 1:
+        # A dimension of size 1 is never stepped along, so its stride means nothing.
+        leading = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+        if all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
+            return x, leading[-1][1] if leading else n
+    return x.contiguous(), n
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,580 @@
+"""The Triton kernel and its adapters, three ways.
+
+- Interpreted, on any machine: values. Triton decides at import whether it interprets, and other tests of the same
+  process need the real Triton, so each group of checks is a process of its own: ``python test_kernels.py GROUP``.
+- Compiled for NVIDIA and AMD GPUs, on any machine: that it builds, without spills.
+- On a GPU (marker ``gpu``): values, with what the interpreter cannot show: casts, offsets past 2**31, CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusionpasses.ops import OPS
+from fusionpasses.ops._mxfp4 import BLOCK, INPUT_DTYPES, SCALE_ADDEND
+from fusionpasses.probes import probe_triton
+
+pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
+not_interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels")
+
+QUANT = "dynamic_mxfp4_quant.default"
+NORMS = (
+    "rmsnorm_mxfp4_quant.default",
+    "rmsnorm_mxfp4_quant.with_norm",
+    "rmsnorm_add_mxfp4_quant.default",
+    "rmsnorm_add_mxfp4_quant.with_norm",
+)
+
+
+# ---- inputs
+
+
+def edge_values(device: torch.device | str = "cpu") -> Tensor:
+    """float32 ``[blocks, 32]``: midpoints and their neighbours, thresholds of the scale modes, ends of the range."""
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    infinity = torch.tensor(torch.inf)
+    near = torch.cat((midpoints, torch.nextafter(midpoints, -infinity), torch.nextafter(midpoints, infinity)))
+    blocks = []
+    for amax in (4.0, 6.0, 7.0, 7.5, 8.0):
+        for exponent in (-120, -1, 0, 100):
+            for sign in (1.0, -1.0):
+                block = torch.zeros(BLOCK)
+                block[: len(near)] = near.clamp(max=amax) * sign
+                block[-1] = amax
+                blocks.append(block * 2.0**exponent)
+    thresholds = torch.tensor([1.0, 1.5, 1.75, 2.0])
+    thresholds = torch.cat((thresholds, torch.nextafter(thresholds, -infinity), torch.nextafter(thresholds, infinity)))
+    spread = torch.linspace(-1, 1, BLOCK)
+    # From below the smallest subnormal to above the largest finite number.
+    for exponent in (-150, -149, -148, -140, -127, -126, -125, -124, -10, 0, 126, 127):
+        for threshold in thresholds.tolist():
+            amax = torch.tensor(threshold * 2.0**exponent, dtype=torch.float64).float()
+            block = spread * amax
+            block[3] = -amax
+            blocks.append(block)
+    largest = torch.finfo(torch.float32).max
+    blocks += [torch.zeros(BLOCK), -torch.zeros(BLOCK), torch.full((BLOCK,), largest)]
+    for special in (torch.inf, -torch.inf, torch.nan):
+        for rest in (0.0, -1.0, largest, torch.inf):
+            block = torch.full((BLOCK,), rest)
+            block[7] = special
+            blocks += [block, spread]
+    return torch.stack(blocks).to(device)
+
+
+def every_pattern(dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Every bit pattern of a 16-bit dtype, ``[2, 2048, 32]``: blocks of neighbours, then blocks of a random choice."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
+    shuffled = patterns[torch.randperm(len(patterns))]
+    return torch.stack((patterns, shuffled)).view(dtype).view(2, -1, BLOCK).to(device)
+
+
+def quant_calls(device: torch.device | str) -> Iterator[tuple[Tensor, str]]:
+    for scale_mode in SCALE_ADDEND:
+        yield edge_values(device), scale_mode
+        for dtype in (torch.bfloat16, torch.float16):
+            yield every_pattern(dtype, device), scale_mode
+    modes = itertools.cycle(SCALE_ADDEND)
+    for dtype in INPUT_DTYPES:
+        wide = torch.randn(3, 5, 2880, device=device).to(dtype)
+        for x in (
+            wide,
+            wide[:, :, 32:128],  # one row stride
+            wide[:, 1:4, :96],  # two row strides
+            wide[:, :1, ::2],  # elements apart
+            wide[2:3, 4:5],  # one row
+            wide[:1, :1, :BLOCK].expand(3, 4, BLOCK),
+        ):
+            yield x, next(modes)
+
+
+def integer_rows(rows: int, n: int) -> Tensor:
+    """float32 ``[rows, n]`` whose squares sum exactly in any order, up to a width of 10000."""
+    return torch.randint(-40, 41, (rows, n)).float()
+
+
+#: Eight integers whose squares sum to 128.
+_MEAN_SQUARE_16 = torch.tensor(
+    [
+        [4, 4, 4, 4, 4, 4, 4, 4],
+        [8, 8, 0, 0, 0, 0, 0, 0],
+        [7, 7, 5, 2, 1, 0, 0, 0],
+        [10, 4, 2, 2, 2, 0, 0, 0],
+        [9, 6, 3, 1, 1, 0, 0, 0],
+    ]
+)
+
+
+def rows_of_mean_square_16(rows: int, n: int) -> Tensor:
+    """float32 integers ``[rows, n]`` whose ``rsqrt(mean(x**2))`` is 0.25, whoever computes it."""
+    groups = _MEAN_SQUARE_16[torch.randint(len(_MEAN_SQUARE_16), (rows, n // 8))].flatten(1)
+    shuffled = torch.stack([row[torch.randperm(n)] for row in groups])
+    return (shuffled * (torch.randint(2, shuffled.shape) * 2 - 1)).float()
+
+
+def norm_calls(
+    name: str, make_rows: Callable[[], Tensor], eps: float, device: torch.device | str
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of a norm op for every dtype, cast order, norm dtype and weight.
+
+    Where the op adds, x and residual sum to the rows made (exactly, if these are small integers).
+    """
+    modes = itertools.cycle(SCALE_ADDEND)
+    for dtype in INPUT_DTYPES:
+        for cast_order in ("cast_scale", "scale_cast"):
+            for weight_dtype in dict.fromkeys((dtype, torch.float32, None)):
+                for norm_dtype in dict.fromkeys((None, dtype, torch.float32)):
+                    wanted = make_rows()
+                    n = wanted.shape[-1]
+                    tensors = [wanted]
+                    if "add" in name:
+                        residual = torch.randint(-3, 4, wanted.shape).float()
+                        tensors = [wanted - residual, residual]
+                    weight = None if weight_dtype is None else torch.randn(n).to(device, weight_dtype)
+                    args = (*(t.to(device, dtype) for t in tensors), weight, eps)
+                    yield args, {"cast_order": cast_order, "norm_dtype": norm_dtype, "scale_mode": next(modes)}
+
+
+# ---- checks
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Every new_empty comes filled with 0xAB bytes, so that an element that is not written shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = new_empty(self, *args, **kwargs)
+        out.view(-1).view(torch.uint8).fill_(0xAB)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        yield
+
+
+def run_both(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, reference_on: str | None = None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(output's name, kernel's, reference's) for each output; ``reference_on`` is the reference's device."""
+    from fusionpasses.providers.triton import ADAPTERS
+
+    op = OPS[name]
+    with poisoned_outputs():
+        outputs = ADAPTERS[name](*args, **kwargs)
+    moved = [a.to(reference_on) if isinstance(a, Tensor) and reference_on else a for a in args]
+    expected = op.reference(*moved, **kwargs)
+    fakes = op.fake(*args, **kwargs)
+    names = [returned.name for returned in op.overload._schema.returns]
+    for output_name, got, want, fake in zip(names, outputs, expected, fakes, strict=True):
+        for tensor in (want, fake):
+            assert (got.shape, got.dtype, got.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+        assert got.device == fake.device
+        yield output_name, got, want.to(got.device)
+
+
+def differs(got: Tensor, want: Tensor) -> Tensor:
+    """Per element: another value, another sign of zero, or NaN on one side only."""
+    if not got.is_floating_point():
+        return got != want
+    sign = (got == 0) & (torch.signbit(got) != torch.signbit(want))
+    return ((got != want) & ~(got.isnan() & want.isnan())) | sign
+
+
+def assert_same(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, reference_on: str | None = None) -> None:
+    for output, got, want in run_both(name, args, kwargs, reference_on=reference_on):
+        bad = differs(got, want)
+        assert not bad.any(), f"{name} {output}: {int(bad.sum())} of {bad.numel()} differ; {_describe(args, kwargs)}"
+
+
+class Mismatches:
+    """Counts of elements that differ, where a last bit of rsqrt may."""
+
+    def __init__(self) -> None:
+        self.count: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+
+    def add(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for output, got, want in run_both(name, args, kwargs):
+            bad = differs(got, want)
+            if output == "sum":
+                assert not bad.any(), f"{name}: the residual sum differs; {_describe(args, kwargs)}"
+            if output == "norm":
+                # Rounded to x's dtype, once or twice, a last bit of rsqrt rarely shows; never rounded, everywhere.
+                x_dtype = args[0].dtype
+                rounded = got.dtype != torch.float32 or kwargs["cast_order"] == "cast_scale"
+                step = torch.finfo(x_dtype if rounded else torch.float32)
+                # Steps of the value, and steps of the smallest numbers.
+                close = torch.isclose(got, want, rtol=4 * step.eps, atol=4 * step.eps * step.tiny, equal_nan=True)
+                assert close.all(), f"{name}: norm is off by more than last bits; {_describe(args, kwargs)}"
+                if x_dtype == torch.float32 or not rounded:
+                    continue
+            self.count[output] = self.count.get(output, 0) + int(bad.sum())
+            self.total[output] = self.total.get(output, 0) + bad.numel()
+
+    def check(self, fraction: float) -> None:
+        for output, count in self.count.items():
+            assert count <= fraction * self.total[output], f"{output}: {count} of {self.total[output]} differ"
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    shown = [f"{a.dtype}{tuple(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args]
+    return ", ".join(shown + [f"{key}={value}" for key, value in kwargs.items()])
+
+
+# ---- interpreted
+
+
+def check_samples() -> None:
+    mismatches = Mismatches()
+    for name, op in OPS.items():
+        if name not in (QUANT, *NORMS):
+            continue
+        for args, kwargs in op.samples(torch.device("cpu")):
+            if name == QUANT:
+                assert_same(name, args, kwargs)
+            else:
+                mismatches.add(name, args, kwargs)
+    mismatches.check(1e-3)
+
+
+def check_quant() -> None:
+    for x, scale_mode in quant_calls("cpu"):
+        assert_same(QUANT, (x, scale_mode), {})
+
+
+def check_norm() -> None:
+    for name in NORMS:
+        # Where the sum is exact, so is all the rest: torch's rsqrt on a CPU is the kernel's.
+        for args, kwargs in norm_calls(name, lambda: integer_rows(2, 96), 1e-6, "cpu"):
+            assert_same(name, args, kwargs)
+
+
+def check_norm_edges() -> None:
+    # Zero, infinite and NaN rows: rsqrt is Inf, 0 or NaN.
+    special = torch.zeros(5, 64)
+    special[1, 5], special[2, 5], special[3, :], special[4, 40] = torch.inf, torch.nan, 3e38, -torch.inf
+    for name in ("rmsnorm_mxfp4_quant.with_norm", "rmsnorm_add_mxfp4_quant.with_norm"):
+        for args, kwargs in norm_calls(name, lambda: special, 0.0, "cpu"):
+            assert_same(name, args, kwargs)
+    # A model's width that is no power of two.
+    name = "rmsnorm_add_mxfp4_quant.with_norm"
+    for args, kwargs in norm_calls(name, lambda: integer_rows(1, 2880), 1e-6, "cpu"):
+        assert_same(name, args, kwargs)
+
+
+GROUPS = {"samples": check_samples, "quant": check_quant, "norm": check_norm, "norm-edges": check_norm_edges}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreted(group: str) -> None:
+    root = pathlib.Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, __file__, group],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def _cast_bfloat16_as_gpus_do() -> None:
+    """The interpreter's own casts drop the low bits instead of rounding, and lose some subnormals."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def patched(self: Any, src: Any, dst_type: Any) -> Any:
+        pair = (src.dtype.scalar, dst_type.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(src.data.copy()).bfloat16()
+            return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle((src.data.astype("uint32") << 16).view("float32"), tl.float32)
+        return cast(self, src, dst_type)
+
+    InterpreterBuilder.cast_impl = patched
+
+
+# ---- compiled for GPUs that need not be there
+
+TARGETS = {
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+}
+
+#: Arguments of compile_kernel.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "quant-bf16": {"dtype": "bf16", "n": None},
+    "quant-fp32": {"dtype": "fp32", "n": None},
+    "norm-128-fp16": {"dtype": "fp16", "n": 128, "round_before": True},
+    "norm-2880-bf16": {"dtype": "bf16", "n": 2880, "weight": "bf16", "round_before": True},
+    "add-norm-7168-bf16": {"dtype": "bf16", "n": 7168, "weight": "bf16", "round_before": True, "add": True},
+    "add-norm-7168-bf16-wide": {
+        "dtype": "bf16",
+        "n": 7168,
+        "weight": "fp32",
+        "norm": "fp32",
+        "round_result": False,
+        "add": True,
+    },
+    "add-norm-7168-fp32": {"dtype": "fp32", "n": 7168, "weight": "fp32", "norm": "fp32", "add": True},
+    "add-norm-16384-fp32": {"dtype": "fp32", "n": 16384, "weight": "fp32", "norm": "fp32", "add": True},
+    "add-norm-32768-bf16": {"dtype": "bf16", "n": 32768, "weight": "bf16", "norm": "bf16", "add": True},
+}
+
+
+def compile_kernel(
+    target: tuple[Any, ...],
+    *,
+    dtype: str,
+    n: int | None,
+    weight: str | None = None,
+    norm: str | None = None,
+    add: bool = False,
+    round_before: bool = False,
+    round_result: bool = True,
+) -> Any:
+    """The kernel as the adapters launch it; ``n`` None is quantisation alone."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusionpasses.kernels import rmsnorm_mxfp4_quant as kernels
+
+    row_blocks = n // BLOCK if n else kernels.CHUNK_BLOCKS
+    options = kernels.launch_options(row_blocks, warp_size=target[2])
+    arguments: dict[str, str | None] = {
+        "x_ptr": f"*{dtype}",
+        "residual_ptr": f"*{dtype}" if add else None,
+        "weight_ptr": f"*{weight}" if weight else None,
+        "codes_ptr": "*u8",
+        "scales_ptr": "*u8",
+        "sum_ptr": f"*{dtype}" if add else None,
+        "norm_ptr": f"*{norm}" if norm else None,
+        "x_row_stride": "i32",
+        "residual_row_stride": "i32" if add else None,
+        "total_blocks": None if n else "i32",
+        "eps": "fp32",
+    }
+    constants: dict[str, Any] = {key: None for key, kind in arguments.items() if kind is None}
+    constants |= {
+        "ROW_BLOCKS": row_blocks,
+        "TILE_BLOCKS": options.pop("TILE_BLOCKS"),
+        "SCALE_ADDEND": SCALE_ADDEND["even"],
+        "NORM": n is not None,
+        "ROUND_BEFORE_WEIGHT": round_before,
+        "ROUND_RESULT": round_result,
+    }
+    signature = dict.fromkeys(constants, "constexpr") | {key: kind for key, kind in arguments.items() if kind}
+    names = list(kernels.rmsnorm_mxfp4_quant.arg_names)
+    signature = {key: signature[key] for key in names}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(names) if signature[key][0] in "*i"}
+    source = ASTSource(kernels.rmsnorm_mxfp4_quant, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def nvidia_stack_bytes(cubin: bytes) -> int:
+    """Bytes a thread keeps in local memory: what does not fit its registers."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = re.findall(r"STACK:(\d+)", usage)
+    local = re.findall(r"LOCAL:(\d+)", usage)
+    assert stack, usage
+    assert local, usage
+    return max(map(int, stack + local))
+
+
+@not_interpreted
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(
+    target: str, config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_kernel(TARGETS[target], **CONFIGS[config])
+    assert compiled.metadata.shared <= 48 * 1024
+    if TARGETS[target][0] == "cuda":
+        assert nvidia_stack_bytes(compiled.asm["cubin"]) == 0
+        # ptxas is told not to contract either; here it is seen that nothing before it did.
+        assert not compiled.metadata.enable_fp_fusion
+        assert not re.search(r"\bfma\.", compiled.asm["ptx"])
+    else:
+        spills = re.findall(r"\.([sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
+        assert dict(spills) == {"sgpr_spill_count": "0", "vgpr_spill_count": "0", "private_segment_fixed_size": "0"}
+
+
+# ---- the adapters' view of strides
+
+
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        pytest.param(lambda x: x, False, id="contiguous"),
+        pytest.param(lambda x: x[0, 0], False, id="one-dimension"),
+        pytest.param(lambda x: x[..., 32:64], False, id="slice-of-columns"),
+        pytest.param(lambda x: x[:, 1:2, :64], False, id="size-one-in-the-middle"),
+        pytest.param(lambda x: x[1:2, :, :32], False, id="size-one-in-front"),
+        pytest.param(lambda x: x[0, 0, :32].expand(4, 2, 32), False, id="expanded"),
+        pytest.param(lambda x: x[0, 0].unfold(0, 64, 1), False, id="overlapping"),
+        pytest.param(lambda x: x[:, 1:3], True, id="two-strides"),
+        pytest.param(lambda x: x.transpose(0, 1), True, id="transposed-rows"),
+        pytest.param(lambda x: x.transpose(1, 2), True, id="transposed-columns"),
+        pytest.param(lambda x: x[..., ::2], True, id="elements-apart"),
+    ],
+)
+def test_single_row_stride(make: Callable[[Tensor], Tensor], copied: bool) -> None:
+    from fusionpasses.providers.triton import _single_row_stride
+
+    x = make(torch.arange(3 * 4 * 96).float().view(3, 4, 96))
+    rows, stride = _single_row_stride(x)
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+    n = x.shape[-1]
+    seen = rows.as_strided((x.numel() // n, n), (stride, 1))
+    assert torch.equal(seen, x.reshape(-1, n))
+
+
+# ---- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def random_rows(rows: int, n: int) -> Tensor:
+    return torch.randn(rows, n) * torch.exp2(torch.randint(-6, 7, (rows, 1)))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@not_interpreted
+def test_gpu_quant_bytes() -> None:
+    for x, scale_mode in quant_calls("cuda"):
+        assert_same(QUANT, (x, scale_mode), {})
+    for rows, n in ((0, 64), (1, 32), (1000, 7168), (100_000, 128), (3, 65536)):
+        assert_same(QUANT, (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16),), {})
+    wider_than_a_tile = torch.randn(5, 2 * 53248, device="cuda", dtype=torch.bfloat16)[:, 53248:]
+    assert_same(QUANT, (wider_than_a_tile,), {})
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@needs_gpu
+@not_interpreted
+@pytest.mark.parametrize("name", NORMS)
+def test_gpu_norm_bytes(name: str) -> None:
+    # At a power of two, the mean is exact however torch divides.
+    for args, kwargs in norm_calls(name, lambda: rows_of_mean_square_16(40, 4096), 0.0, "cuda"):
+        assert_same(name, args, kwargs)
+    # At any width and eps, torch's rsqrt on a CPU is the kernel's. Widths take turns: every compilation counts.
+    widths = itertools.cycle((32, 128, 2880, 7168, 96))
+    for args, kwargs in norm_calls(name, lambda: integer_rows(9, next(widths)), 1e-6, "cuda"):
+        assert_same(name, args, kwargs, reference_on="cpu")
+    for args, kwargs in OPS[name].samples(torch.device("cuda")):
+        if args[0].numel() == 0:
+            assert_same(name, args, kwargs)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@not_interpreted
+@pytest.mark.parametrize("name", NORMS)
+def test_gpu_norm_random(name: str) -> None:
+    mismatches = Mismatches()
+    for args, kwargs in OPS[name].samples(torch.device("cuda")):
+        mismatches.add(name, args, kwargs)
+    shapes = itertools.cycle(((0, 7168), (1, 7168), (1000, 2880), (33, 32768), (1000, 4096)))
+    for args, kwargs in norm_calls(name, lambda: random_rows(*next(shapes)), 1e-6, "cuda"):
+        mismatches.add(name, args, kwargs)
+        *tensors, weight, eps = args
+        mismatches.add(name, (*(t[1::2] for t in tensors), weight, eps), kwargs)
+    mismatches.check(1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@not_interpreted
+def test_gpu_offsets_past_32_bits() -> None:
+    from fusionpasses.providers.triton import ADAPTERS
+
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    n = 4096
+    wanted = torch.randn(3, n, device="cuda", dtype=torch.bfloat16)
+    kwargs = {"cast_order": "scale_cast"}
+    norm_name = "rmsnorm_mxfp4_quant.with_norm"
+
+    far_apart = torch.empty(2 * 2**31 + n, device="cuda", dtype=torch.bfloat16).as_strided((3, n), (2**31, 1))
+    far_apart.copy_(wanted)
+    for name, args, options in ((QUANT, (), {}), (norm_name, (None, 1e-6), kwargs)):
+        for got, want in zip(
+            ADAPTERS[name](far_apart, *args, **options), ADAPTERS[name](wanted, *args, **options), strict=True
+        ):
+            assert torch.equal(got, want)
+    del far_apart
+
+    # Many rows that are one row in memory: outputs of more than 2**32 elements, x next to nothing.
+    rows = 2**20 + 3
+    for name, args, options in ((QUANT, (), {}), (norm_name, (None, 1e-6), kwargs)):
+        outputs = ADAPTERS[name](wanted[:1].expand(rows, n), *args, **options)
+        for got, want in zip(outputs, ADAPTERS[name](wanted[:1], *args, **options), strict=True):
+            for row in (0, rows // 2 - 1, rows // 2 + 1, -1):
+                assert torch.equal(got[row], want[0])
+        del outputs, got
+
+
+@pytest.mark.gpu
+@needs_gpu
+@not_interpreted
+def test_gpu_graph_capture() -> None:
+    from fusionpasses.providers.triton import ADAPTERS
+
+    name = "rmsnorm_add_mxfp4_quant.with_norm"
+    make = lambda: torch.randn(64, 2880, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    x, residual, weight = make(), make(), make()[0]
+    kwargs = {"cast_order": "cast_scale"}
+    ADAPTERS[name](x, residual, weight, 1e-6, **kwargs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ADAPTERS[name](x, residual, weight, 1e-6, **kwargs)
+    x.copy_(make())
+    graph.replay()
+    for got, want in zip(captured, ADAPTERS[name](x, residual, weight, 1e-6, **kwargs), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_that_is_not_current() -> None:
+    assert_same(QUANT, (torch.randn(3, 64, device="cuda:1"),), {})
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("set TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    _cast_bfloat16_as_gpus_do()
+    GROUPS[sys.argv[1]]()
