@@ -1,0 +1,122 @@
+"""Small questions to ask of post-grad FX graphs, and small edits of them, shared by the passes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+#: Metadata that ties a node to the user's source; copied to the nodes that replace it.
+PROVENANCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "custom")
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The fake tensor a node stands for, or None when it is not a node or not a tensor."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("val")
+    if value is None and node.op == "get_attr":  # constants of a frozen graph carry no fake value
+        owner: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part, None)
+        value = owner
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Are two shapes known to be equal, symbols included?"""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """Is the tensor known to be contiguous? Adds no guard on symbolic sizes."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1):
+            if not statically_known_true(stride == expected):
+                return False
+            expected = expected * size
+    return True
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call of an OpOverload by schema name, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise TypeError(f"bound_arguments: got {node.format_node()}, allowed a call of an OpOverload")
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif position < len(node.args):
+            bound[argument.name] = node.args[position]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def mutating_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that write to one of their arguments. A functional graph has them only in its epilogue."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+    ]
+
+
+def depends_on(node: object, ancestor: fx.Node) -> bool:
+    """Is ``node`` computed from ``ancestor``? Looks only at nodes that come after it."""
+    if not isinstance(node, fx.Node):
+        return False
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current is ancestor:
+            return True
+        if current in seen or current < ancestor:
+            continue
+        seen.add(current)
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+def copy_provenance(source: fx.Node, target: fx.Node) -> None:
+    for key in PROVENANCE:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, provenance: fx.Node
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value and the provenance of another node."""
+    node = graph.call_function(target, args, kwargs)
+    values = [v for v in (tensor_of(a) for a in node.all_input_nodes) if v is not None]
+    fake_mode = detect_fake_mode(values)
+
+    def value_of(a: fx.Node) -> Any:
+        return a.meta["val"] if "val" in a.meta else tensor_of(a)
+
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
+    if target is operator.getitem or fake_mode is None:
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    else:
+        with fake_mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    copy_provenance(provenance, node)
+    return node
+
+
+def erase_dead(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of ``nodes`` that nothing reads, last first, so that whole dead chains go."""
+    for node in sorted(set(nodes), reverse=True):
+        if not node.users:
+            node.graph.erase_node(node)

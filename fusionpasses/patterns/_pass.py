@@ -1,0 +1,122 @@
+"""What every fusion pass shares: an anchor-only PatternMatcherPass that keeps a record of each site it saw.
+
+The registered pattern is the anchor op alone. Everything else is recognised by walking back from it, because a traced
+pattern matches one spelling each, and on torch up to 2.14 ignores keyword arguments it does not declare.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch._inductor.pattern_matcher import (
+    CallFunctionVarArgs,
+    Match,
+    PatternExpr,
+    PatternMatcherPass,
+    PatternPrettyPrinter,
+    register_graph_pattern,
+)
+
+from fusionpasses.anchors import Anchor
+from fusionpasses.config import FusionConfig
+from fusionpasses.report import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """One accepted way to write a part of a fusion: a pattern that executes, and its name in reports."""
+
+    name: str
+    pattern: PatternExpr | None
+
+    def text(self) -> str:
+        if self.pattern is None:
+            return "the node itself"
+        return PatternPrettyPrinter.run(self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A condition of a rewrite. ``check`` gives None when it holds, else the reason a user reads."""
+
+    name: str
+    requires: str
+    check: Callable[..., str | None]
+
+
+def first_failure(guards: tuple[Guard, ...], *facts: Any) -> str | None:
+    """The reason of the first guard that does not hold, or None."""
+    for guard in guards:
+        reason = guard.check(*facts)
+        if reason is not None:
+            return reason
+    return None
+
+
+@dataclasses.dataclass
+class Judgement:
+    """What a pass decided about one site, before anything is changed.
+
+    ``at`` is the node that gives the site its place in the report. ``rewrite`` is None when it is refused.
+    """
+
+    site: Site
+    at: fx.Node
+    rewrite: Callable[[], None] | None
+
+
+class FusionPass(PatternMatcherPass, abc.ABC):
+    """Base of the passes: visits the anchors, asks :meth:`judge`, applies the rewrite, records the sites."""
+
+    name: str
+    #: The tables the recogniser executes, by title; printed into the debug dump as they are.
+    spellings: dict[str, tuple[Spelling, ...]]
+    guards: dict[str, tuple[Guard, ...]]
+
+    def __init__(self, config: FusionConfig, anchors: tuple[Anchor, ...], *, keep_subgraphs: bool = False) -> None:
+        super().__init__(pass_name=self.name)
+        self.config = config
+        self.anchors: dict[Any, Anchor] = {anchor.target: anchor for anchor in anchors}
+        self.keep_subgraphs = keep_subgraphs
+        self.sites: list[Site] = []
+        self._judgement: Judgement | None = None
+        for target in self.anchors:
+            register_graph_pattern(CallFunctionVarArgs(target), extra_check=self._check, pass_dict=self)(self._handle)
+
+    @abc.abstractmethod
+    def judge(self, anchor: fx.Node) -> Judgement | None:
+        """Decide about an anchor; None when it was covered by a site that is on record already."""
+
+    def run(self, graph: fx.Graph) -> int:
+        """Rewrite the graph; returns the number of rewrites. ``sites`` then holds them in graph order."""
+        # Anchors are visited last to first, and a fused norm's nodes are gone afterwards: places are taken now.
+        places = {node: i for i, node in enumerate(graph.nodes)}
+        self._judged: list[Judgement] = []
+        self.begin(graph)
+        count = self.apply(graph)
+        self.sites = [j.site for j in sorted(self._judged, key=lambda j: places.get(j.at, len(places)))]
+        self.end(graph)
+        return count
+
+    def begin(self, graph: fx.Graph) -> None:
+        """Called before the anchors of a graph are visited."""
+
+    def end(self, graph: fx.Graph) -> None:
+        """Called after the anchors of a graph were visited."""
+
+    def _check(self, match: Match) -> bool:
+        # All refusals belong here: the matcher counts a match once this says yes.
+        self._judgement = self.judge(match.output_node())
+        if self._judgement is None:
+            return False
+        self._judged.append(self._judgement)
+        return self._judgement.rewrite is not None
+
+    def _handle(self, match: Match, *args: Any, **kwargs: Any) -> None:
+        if self._judgement is None or self._judgement.rewrite is None:
+            raise RuntimeError(f"{self.name}: the matcher called the handler for a site that was refused")
+        self._judgement.rewrite()

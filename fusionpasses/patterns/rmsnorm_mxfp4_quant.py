@@ -1,0 +1,359 @@
+"""[residual add +] RMSNorm + MXFP4 quant: every quant of one norm becomes one fused op.
+
+Four variants, chosen by what is read: the residual add is taken in when the norm's input is one, and the norm is
+returned as well when something other than the quants reads it.
+
+==================================  ==============================================
+rmsnorm_mxfp4_quant                 the norm feeds quants only
+rmsnorm_mxfp4_quant.with_norm       something else reads the norm too
+rmsnorm_add_mxfp4_quant             the norm's input is a residual add
+rmsnorm_add_mxfp4_quant.with_norm   both
+==================================  ==============================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusionpasses import providers
+from fusionpasses.anchors import Anchor
+from fusionpasses.patterns import _rms_norm
+from fusionpasses.patterns._graph import (
+    bound_arguments,
+    call,
+    depends_on,
+    erase_dead,
+    is_contiguous,
+    mutating_nodes,
+    same_shape,
+    tensor_of,
+)
+from fusionpasses.patterns._pass import FusionPass, Guard, Judgement, Spelling, first_failure
+from fusionpasses.patterns._rms_norm import RmsNorm
+from fusionpasses.patterns._views import ROW_VIEWS, is_row_view, replay, through_row_views
+from fusionpasses.report import FUSED, NOTHING, REFUSED, Site, Where
+
+aten = torch.ops.aten
+ours = torch.ops.fusionpasses
+
+
+@dataclasses.dataclass(eq=False)
+class Quant:
+    """A quant of a norm: the anchor node, what it means, and the row views between the norm and it."""
+
+    node: fx.Node
+    anchor: Anchor
+    scale_mode: str
+    views: list[fx.Node]
+
+
+@dataclasses.dataclass(eq=False)
+class Candidate:
+    """A norm and its readers."""
+
+    norm: RmsNorm
+    quants: list[Quant]
+    other_readers: list[fx.Node]
+    mutators: list[fx.Node]
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+
+def _check_order(c: Candidate) -> str | None:
+    first = min(c.norm.nodes)
+    last = max(q.node for q in c.quants)
+    for mutator in c.mutators:
+        if first < mutator < last:
+            return f"{mutator.target} writes to a tensor between the norm and the quant"
+    return None
+
+
+def _check_norm_output(c: Candidate) -> str | None:
+    value = tensor_of(c.norm.root)
+    if c.other_readers and value is not None and not is_contiguous(value):
+        return (
+            f"{c.other_readers[0].name} also reads the norm, whose strides are {list(value.stride())}; the fused op "
+            "returns it contiguous"
+        )
+    return None
+
+
+GUARDS = (
+    Guard("order", "nothing writes to a tensor between the norm and its quants", _check_order),
+    Guard("norm output", "the norm is contiguous, if something other than the quants reads it", _check_norm_output),
+)
+
+
+def _check_add_kwargs(add: fx.Node, c: Candidate) -> str | None:
+    if add.kwargs:
+        given = ", ".join(f"{k}={v}" for k, v in add.kwargs.items())
+        return f"the add has {given}"
+    return None
+
+
+def _check_add_operands(add: fx.Node, c: Candidate) -> str | None:
+    total = tensor_of(add)
+    if total is None:
+        return "its result is not a tensor"
+    for operand in add.args:
+        value = tensor_of(operand)
+        if value is None:
+            return f"one operand is {operand}, not a tensor"
+        if value.dtype != total.dtype:
+            return f"an operand is {value.dtype} and the sum {total.dtype}"
+        if not same_shape(value.shape, total.shape):
+            return f"an operand of shape {list(value.shape)} is broadcast to {list(total.shape)}"
+    return None
+
+
+def _check_add_strides(add: fx.Node, c: Candidate) -> str | None:
+    total = tensor_of(add)
+    if total is not None and not is_contiguous(total):
+        return f"the sum has strides {list(total.stride())}; the fused op returns it contiguous"
+    return None
+
+
+def _check_add_order(add: fx.Node, c: Candidate) -> str | None:
+    if depends_on(c.norm.weight, add):
+        return "the weight is computed from the sum"
+    for mutator in c.mutators:
+        if add < mutator < c.norm.root:
+            return f"{mutator.target} writes to a tensor between the add and the norm"
+    return None
+
+
+#: What must hold of the add before the norm's input to be taken into the fused op; else it is left outside.
+RESIDUAL_GUARDS = (
+    Guard("plain add", "the add has no keyword arguments (alpha=)", _check_add_kwargs),
+    Guard("operands", "both operands are tensors of the sum's shape and dtype", _check_add_operands),
+    Guard("strides", "the sum is contiguous", _check_add_strides),
+    Guard("order", "the weight does not depend on the sum, and nothing writes to a tensor in between", _check_add_order),
+)
+
+
+def _check_anchor_arguments(node: fx.Node, anchor: Anchor) -> str | None:
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = bound_arguments(node)
+    if anchor.scale_mode_argument is not None and not isinstance(bound[anchor.scale_mode_argument], str):
+        return f"{anchor.op} is called with a scale mode that is not a constant"
+    for argument in schema.arguments[1:]:
+        value = bound[argument.name]
+        if argument.name == anchor.scale_mode_argument or argument.name in anchor.ignored:
+            continue
+        if not argument.has_default_value() or value != argument.default_value:
+            return f"{anchor.op} is called with {argument.name}={value}, which its registration does not cover"
+    return None
+
+
+def _check_anchor_results(node: fx.Node, anchor: Anchor) -> str | None:
+    x, results = tensor_of(node.args[0] if node.args else None), node.meta.get("val")
+    if x is None or not isinstance(results, (tuple, list)) or len(results) != 2:
+        return f"{anchor.op} is not called with a tensor, or has no fake kernel that gives two results"
+    for name, result, per_byte in (("codes", results[0], 2), ("scales", results[1], 32)):
+        expected = (*x.shape[:-1], x.shape[-1] // per_byte)
+        if result.dtype != torch.uint8 or not same_shape(result.shape, expected) or not is_contiguous(result):
+            return (
+                f"the {name} of {anchor.op} are {result.dtype} {list(result.shape)} with strides "
+                f"{list(result.stride())}; the fused op gives contiguous uint8 {list(expected)}"
+            )
+    return None
+
+
+ANCHOR_GUARDS = (
+    Guard("arguments", "beyond x and the scale mode, every argument has its default", _check_anchor_arguments),
+    Guard("results", "codes uint8 [..., N/2] and scales uint8 [..., N/32], contiguous", _check_anchor_results),
+)
+
+
+# --- the pass -------------------------------------------------------------------------------------------------------
+
+
+class RmsNormMxfp4Quant(FusionPass):
+    name = "rmsnorm_mxfp4_quant"
+    spellings = {
+        "from the quantised node to the normalised tensor": _rms_norm.TAILS,
+        "from the normalised tensor to the norm's input": _rms_norm.NORMALISE,
+        "views between the norm and the quant, which keep the last axis": tuple(
+            Spelling(str(target), None) for target in ROW_VIEWS
+        ),
+    }
+    guards = {
+        "quant": ANCHOR_GUARDS,
+        "norm": _rms_norm.GUARDS,
+        "site": GUARDS,
+        "residual add (else it is left outside, with a note)": RESIDUAL_GUARDS,
+    }
+
+    def begin(self, graph: fx.Graph) -> None:
+        self._mutators = mutating_nodes(graph)
+        self._needs_sort = False
+
+    def end(self, graph: fx.Graph) -> None:
+        if self._needs_sort:
+            from torch._inductor.pattern_matcher import stable_topological_sort
+
+            stable_topological_sort(graph)
+
+    def judge(self, node: fx.Node) -> Judgement | None:
+        anchor = self.anchors[node.target]
+        here = Where.of(node.meta)
+        left = Site(self.name, REFUSED, _op_name(node), here, (here,))
+        reason = first_failure(ANCHOR_GUARDS, node, anchor)
+        if reason is not None:
+            left.reason = reason
+            return Judgement(left, node, None)
+        base, _ = through_row_views(node.args[0])  # type: ignore[arg-type]
+        norm = _rms_norm.recognise(base)
+        if norm is None:
+            left.status, left.reason = self._unrecognised(base)
+            return Judgement(left, node, None)
+        left.where, left.spelling = Where.of(norm.root.meta), norm.spelling
+        mode = _scale_mode(node, anchor)
+        candidate = self._collect(norm, anchor, mode)
+        left.reason = _rms_norm.illegal(norm) or first_failure(GUARDS, candidate) or ""
+        if left.reason:
+            return Judgement(left, node, None)
+        return self._fuse(candidate)
+
+    def _unrecognised(self, base: fx.Node) -> tuple[str, str]:
+        """Status and reason for a quant whose input is not a recognised norm."""
+        if base.target is operator.getitem and isinstance(base.args[0], fx.Node):
+            producer = base.args[0].target
+            if producer in (ours.rmsnorm_mxfp4_quant.with_norm, ours.rmsnorm_add_mxfp4_quant.with_norm):
+                return REFUSED, (
+                    "the norm is fused with another quantisation already (another op or scale mode); one fused op has "
+                    "one scale mode"
+                )
+        reason = _rms_norm.near_miss(base)
+        if reason is not None:
+            return REFUSED, reason
+        kind = base.op if base.op != "call_function" else str(base.target)
+        return NOTHING, f"the quantised tensor comes from {kind}, not from a norm"
+
+    def _collect(self, norm: RmsNorm, anchor: Anchor, scale_mode: str) -> Candidate:
+        """All readers of the norm: quants with the same meaning as this one, and everything else."""
+        candidate = Candidate(norm, [], [], self._mutators)
+
+        def visit(node: fx.Node, views: list[fx.Node]) -> None:
+            for user in node.users:
+                other = self.anchors.get(user.target)
+                if (
+                    other is not None
+                    and user.args[:1] == (node,)
+                    and user.all_input_nodes == [node]
+                    and first_failure(ANCHOR_GUARDS, user, other) is None
+                    and _scale_mode(user, other) == scale_mode
+                    and other.layout == anchor.layout
+                ):
+                    candidate.quants.append(Quant(user, other, scale_mode, views))
+                elif is_row_view(user):
+                    visit(user, [*views, user])
+                else:
+                    candidate.other_readers.append(user)
+
+        visit(norm.root, [])
+        candidate.quants.sort(key=lambda q: q.node)
+        return candidate
+
+    def _fuse(self, c: Candidate) -> Judgement:
+        norm = c.norm
+        add, notes = _residual_add(c)
+        packet = ours.rmsnorm_mxfp4_quant if add is None else ours.rmsnorm_add_mxfp4_quant
+        op = packet.with_norm if c.other_readers else packet.default
+        kept = sorted({n.name for n in norm.nodes if n is not norm.root and not set(n.users) <= set(norm.nodes)})
+        if kept:
+            notes.append(f"{', '.join(kept)} inside the norm has other readers and is still computed by Inductor")
+        x = tensor_of(norm.x)
+        device = x.device.type if x is not None else "cpu"
+        name = _op_name(op)
+        provider = providers.select(name, device, self.config.provider)
+        site = Site(
+            self.name,
+            FUSED,
+            name,
+            Where.of(norm.root.meta),
+            anchors=tuple(Where.of(q.node.meta) for q in c.quants),
+            provider=provider,
+            spelling=norm.spelling,
+            notes=tuple(notes),
+        )
+        return Judgement(site, norm.root, lambda: self._rewrite(c, add, op, provider, site))
+
+    def _rewrite(self, c: Candidate, add: fx.Node | None, op: Any, provider: str, site: Site) -> None:
+        norm, graph = c.norm, c.norm.root.graph
+        matched = [*norm.nodes, *(v for q in c.quants for v in q.views), *(q.node for q in c.quants)]
+        if add is not None:
+            matched.append(add)
+        if self.keep_subgraphs:
+            site.matched = _text(matched)
+        inputs = (norm.x,) if add is None else tuple(add.args)
+        kwargs = {
+            "cast_order": norm.cast_order,
+            "norm_dtype": norm.norm_dtype,
+            "scale_mode": c.quants[0].scale_mode,
+            "provider": provider,
+        }
+        results = ["codes", "scales", *(["sum"] if add is not None else []), *(["norm"] if c.other_readers else [])]
+        with graph.inserting_before(norm.root):
+            fused = call(graph, op, (*inputs, norm.weight, float(norm.eps)), kwargs, provenance=norm.root)
+            out = {
+                result: call(graph, operator.getitem, (fused, i), {}, provenance=norm.root)
+                for i, result in enumerate(results)
+            }
+        new = [fused, *out.values()]
+        for quant in c.quants:
+            with graph.inserting_before(quant.node):
+                for index, result in enumerate(("codes", "scales")):
+                    readers = [u for u in quant.node.users if u.target is operator.getitem and u.args[1] == index]
+                    if readers:
+                        replacement = replay(graph, out[result], quant.views, quant.node)
+                        new.append(replacement)
+                        for reader in readers:
+                            reader.replace_all_uses_with(replacement)
+                            graph.erase_node(reader)
+        if add is not None:
+            # Readers of the sum may stand before the fused op, which is where the norm was: the pass ends with a sort.
+            add.replace_all_uses_with(out["sum"])
+            self._needs_sort = True
+        if c.other_readers:
+            norm.root.replace_all_uses_with(out["norm"])
+        if self.keep_subgraphs:
+            site.replacement = _text(new)
+        erase_dead(matched)
+
+
+def _residual_add(c: Candidate) -> tuple[fx.Node | None, list[str]]:
+    """The residual add in front of a norm, if it can be taken in; else notes that say why it was left outside."""
+    x = c.norm.x
+    if x.op != "call_function" or x.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in x.args):
+        return None, []
+    reason = first_failure(RESIDUAL_GUARDS, x, c)
+    if reason is not None:
+        return None, [f"the residual add was left outside: {reason}"]
+    return x, []
+
+
+def _scale_mode(node: fx.Node, anchor: Anchor) -> str:
+    if anchor.scale_mode is not None:
+        return anchor.scale_mode
+    return str(bound_arguments(node)[str(anchor.scale_mode_argument)])
+
+
+def _op_name(target: Any) -> str:
+    """``packet.overload`` of one of our ops, ``namespace::packet.overload`` of a foreign one."""
+    target = target.target if isinstance(target, fx.Node) else target
+    name = f"{target._opname}.{target._overloadname}"
+    return name if target.namespace == "fusionpasses" else f"{target.namespace}::{name}"
+
+
+def _text(nodes: Any) -> str:
+    return "\n".join(str(n.format_node()) for n in sorted(set(nodes)))
+
+
+PASS = RmsNormMxfp4Quant
