@@ -98,7 +98,7 @@ def quantize_mxfp4(
         summary.quantized.append(name)
     # Only now is the model touched: every weight has been quantised. A linear used under two names stays shared.
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in parent._modules.items():  # named_children() would skip the second name
             if child in replacements:
                 setattr(parent, child_name, replacements[child])
     if not replacements:

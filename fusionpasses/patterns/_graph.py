@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,31 +88,35 @@ def depends_on(node: object, ancestor: fx.Node) -> bool:
     return False
 
 
-def copy_provenance(source: fx.Node, target: fx.Node) -> None:
-    for key in PROVENANCE:
-        if key in source.meta:
-            target.meta[key] = source.meta[key]
-
-
 def call(
-    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, provenance: fx.Node
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    provenance: fx.Node,
+    value: Any = None,
 ) -> fx.Node:
-    """Insert a call at the graph's insertion point, with its fake value and the provenance of another node."""
-    node = graph.call_function(target, args, kwargs)
-    values = [v for v in (tensor_of(a) for a in node.all_input_nodes) if v is not None]
-    fake_mode = detect_fake_mode(values)
+    """Insert a call at the graph's insertion point, with its fake value and the provenance of another node.
 
-    def value_of(a: fx.Node) -> Any:
-        return a.meta["val"] if "val" in a.meta else tensor_of(a)
+    ``value`` is the fake value when the caller has one: running the op on fake tensors costs a millisecond.
+    """
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = _fake_value(target, args, kwargs) if value is None else value
+    for key in PROVENANCE:
+        if key in provenance.meta:
+            node.meta[key] = provenance.meta[key]
+    return node
+
+
+def _fake_value(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def value_of(node: fx.Node) -> Any:
+        return node.meta["val"] if "val" in node.meta else tensor_of(node)
 
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
-    if target is operator.getitem or fake_mode is None:
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
-    else:
-        with fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-    copy_provenance(provenance, node)
-    return node
+    fake_mode = detect_fake_mode((fake_args, fake_kwargs))
+    with fake_mode if fake_mode is not None else contextlib.nullcontext():
+        return target(*fake_args, **fake_kwargs)
 
 
 def erase_dead(nodes: Iterable[fx.Node]) -> None:

@@ -299,12 +299,27 @@ class RmsNormMxfp4Quant(FusionPass):
             "scale_mode": c.quants[0].scale_mode,
             "provider": provider,
         }
-        results = ["codes", "scales", *(["sum"] if add is not None else []), *(["norm"] if c.other_readers else [])]
+        # The nodes that are replaced hold the fake values of the results, but for codes and scales behind views.
+        direct = next((q.node.meta["val"] for q in c.quants if not q.views), None)
+        values = {"codes": direct and direct[0], "scales": direct and direct[1]}
+        if add is not None:
+            values["sum"] = add.meta["val"]
+        if c.other_readers:
+            values["norm"] = norm.root.meta["val"]
         with graph.inserting_before(norm.root):
-            fused = call(graph, op, (*inputs, norm.weight, float(norm.eps)), kwargs, provenance=norm.root)
+            fused = call(
+                graph,
+                op,
+                (*inputs, norm.weight, float(norm.eps)),
+                kwargs,
+                provenance=norm.root,
+                value=tuple(values.values()) if direct else None,
+            )
             out = {
-                result: call(graph, operator.getitem, (fused, i), {}, provenance=norm.root)
-                for i, result in enumerate(results)
+                result: call(
+                    graph, operator.getitem, (fused, i), {}, provenance=norm.root, value=fused.meta["val"][i]
+                )
+                for i, result in enumerate(values)
             }
         new = [fused, *out.values()]
         for quant in c.quants:

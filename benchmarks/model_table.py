@@ -1,0 +1,90 @@
+"""What fuses in each model, proven, and how far compiled code is from eager, beside plain Inductor.
+
+``python -m benchmarks.model_table [--compiled] [--models llama ...] [--device cuda]``. The first table interprets every
+graph before and after the passes. ``--compiled`` adds generated code, with and without Inductor's emulation of eager's
+casts; a deviation of the fused code that plain Inductor does not have would be ours. On a GPU the fused kernels sum in
+another order than eager, so bytes may differ there; the fraction is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+import torch._inductor.config
+
+import fusionpasses as fp
+from benchmarks.tiny_models import MODELS
+from fusionpasses.testing import capture
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def proof(name: str, dtype: str, dynamic: bool, device: str) -> bool:
+    """Print one row; True if every expected site fused and nothing else was touched."""
+    tiny = MODELS[name]
+    model = tiny.make(DTYPES[dtype], device)
+    tokens = torch.arange(12, device=device).view(2, 6)
+    with torch.no_grad():
+        result = capture(model, (tokens,), dynamic=dynamic)
+    counts = result.report.counts
+    got = counts.get("rmsnorm_mxfp4_quant", 0), counts.get("rmsnorm_add_mxfp4_quant", 0)
+    quants = sum(len(s.anchors) for s in result.report.fused)
+    c = result.comparison
+    right = got == (tiny.fused, tiny.fused_add) and quants == tiny.quants and not result.report.refused
+    providers = ",".join(sorted({s.provider for s in result.report.fused}))
+    difference = "equal" if not c.unequal else f"{c.max_abs:.2g} / {c.bytes_differ:.2%} of bytes"
+    print(
+        f"{name:12} {dtype:5} {'dynamic' if dynamic else 'static':8} {tiny.fused:>2} + {tiny.fused_add:<2} "
+        f"{got[0]:>2} + {got[1]:<2} {quants:>6} {len(result.report.refused):>8}  {providers:10} "
+        f"{c.tensors:>3} tensors: {difference}",
+        flush=True,
+    )
+    return right
+
+
+def deviation(name: str, device: str, emulate: bool) -> None:
+    model = MODELS[name].make(torch.bfloat16, device)
+    tokens = torch.arange(12, device=device).view(2, 6)
+    rows: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), torch._inductor.config.patch(emulate_precision_casts=emulate):
+        eager = model(tokens).logits
+        backends: dict[str, Any] = {"fused": fp.fusion_backend(), "plain": "inductor"}
+        for label, backend in backends.items():
+            torch._dynamo.reset()
+            rows[label] = torch.compile(model, backend=backend)(tokens).logits
+    text = "   ".join(
+        f"{label} "
+        + ("byte-equal" if torch.equal(got, eager) else f"max {(got.float() - eager.float()).abs().max().item():.3g}")
+        for label, got in rows.items()
+    )
+    scale = eager.abs().max().item()
+    print(f"{name:12} casts {'emulated' if emulate else 'default '}  {text}   (logits up to {scale:.3g})", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args(arguments)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}; sites are rmsnorm_mxfp4_quant + rmsnorm_add_mxfp4_quant")
+    print(f"{'model':12} {'dtype':5} {'sizes':8} {'expect':7} {'fused':7} {'quants':>6} {'refused':>8}  provider   compared")
+    right = True
+    for name in options.models:
+        for dtype in DTYPES:
+            for dynamic in (False, True):
+                right &= proof(name, dtype, dynamic, options.device)
+    if options.compiled:
+        print("\ncompiled bfloat16 logits against eager")
+        for name in options.models:
+            for emulate in (True, False):
+                deviation(name, options.device, emulate)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""Mxfp4Linear and quantize_mxfp4: what they compute, what they leave, and that nothing is lost on an error."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fusionpasses as fp
+from fusionpasses.ops import _mxfp4
+
+ours = torch.ops.fusionpasses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", _mxfp4.SCALE_ADDEND)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_quant_then_gemm(dtype, mode, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias, dtype=dtype)
+    layer = fp.Mxfp4Linear.from_linear(linear, scale_mode=mode)
+    x = torch.randn(2, 3, 96, dtype=dtype)
+    with torch.no_grad():
+        got = layer(x)
+        w = _mxfp4.dequantize(*ours.dynamic_mxfp4_quant(linear.weight, mode))
+        a = _mxfp4.dequantize(*ours.dynamic_mxfp4_quant(x, mode))
+        exact = a @ w.T + (linear.bias.float() if bias else 0)
+        assert got.dtype == dtype
+        assert torch.equal(got, exact.to(dtype))
+        # Four bits are coarse, but the layer must still be that layer.
+        error = (got - linear(x)).float().norm() / linear(x).float().norm()
+    assert error < 0.3
+
+
+def test_state_dict_deepcopy_and_device_moves_keep_the_bytes():
+    layer = fp.Mxfp4Linear.from_linear(nn.Linear(64, 32))
+    x = torch.randn(4, 64)
+    other = fp.Mxfp4Linear.from_linear(nn.Linear(64, 32))
+    other.load_state_dict(layer.state_dict())
+    for same in (other, copy.deepcopy(layer), layer.to("cpu")):
+        assert torch.equal(same(x), layer(x))
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in layer.state_dict().items()} == {
+        "weight_packed": (torch.uint8, (32, 32)),
+        "weight_scale": (torch.uint8, (32, 2)),
+        "bias": (torch.float32, (32,)),
+    }
+    # A cast of the model must not touch packed bytes.
+    assert layer.to(torch.bfloat16).weight_packed.dtype == torch.uint8
+    meta = copy.deepcopy(layer).to("meta")
+    assert meta(torch.empty(4, 64, device="meta", dtype=torch.bfloat16)).shape == (4, 32)
+
+
+def test_export():
+    model = fp.quantize_mxfp4(nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 32)))
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,))
+        assert torch.equal(exported.module()(x), model(x))
+    names = [str(n.target) for n in exported.graph.nodes]
+    assert "fusionpasses.dynamic_mxfp4_quant.default" in names
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(64, 64)
+        self.b = self.a
+        self.gate = nn.Linear(64, 4)
+        self.narrow = nn.Linear(40, 8)
+        self.hooked = nn.Linear(64, 64)
+        self.hooked.register_forward_hook(lambda *_: None)
+        self.special = nn.modules.linear.NonDynamicallyQuantizableLinear(64, 64)
+        self.embed = nn.Embedding(8, 64)
+        self.norm = nn.LayerNorm(64)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.lm_head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_what_is_left_and_why():
+    model = Tied()
+    assert fp.quantize_mxfp4(model) is model
+    summary = fp.last_quantization()
+    assert summary.quantized == ["a"]
+    assert isinstance(model.a, fp.Mxfp4Linear)
+    assert model.a is model.b, "a linear under two names stays one"
+    assert summary.left == {
+        "gate": "a router, which MXFP4 checkpoints keep in high precision",
+        "narrow": "in_features is not a multiple of 32",
+        "hooked": "it has forward hooks, which a new module would lose",
+        "special": "not nn.Linear",
+        "conv": "not nn.Linear",
+        "lm_head": "the output projection, which MXFP4 checkpoints keep in high precision",
+    }
+    text = str(summary)
+    assert text.startswith("quantize_mxfp4: 1 modules quantised, 6 left")
+    assert "not nn.Linear: special, conv" in text
+
+
+def test_a_filter_alone_decides():
+    model = Tied()
+    fp.quantize_mxfp4(model, lambda name, module: name in ("gate", "lm_head", "narrow"))
+    assert fp.last_quantization().quantized == ["gate", "lm_head"]
+    assert fp.last_quantization().left["a"] == "the filter said no"
+    assert fp.last_quantization().left["narrow"] == "in_features is not a multiple of 32"
+
+
+def test_a_bad_weight_changes_nothing():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[3, 5] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fp.UnsupportedInput, match="module '1': linear.weight: got Inf or NaN"):
+        fp.quantize_mxfp4(model)
+    assert all(type(m) is nn.Linear for m in model)
+    assert all(torch.equal(v, before[k]) or k == "1.weight" for k, v in model.state_dict().items())
+
+
+def test_nothing_quantised_is_said(caplog):
+    fp.quantize_mxfp4(nn.Sequential(nn.Linear(40, 8)))
+    assert "quantised nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: fp.quantize_mxfp4(nn.Linear(64, 64)), "cannot be replaced in place"),
+        (lambda: fp.quantize_mxfp4(nn.Sequential(nn.Linear(64, 64)), scale_mode="up"), "scale_mode: got 'up'"),
+        (lambda: fp.Mxfp4Linear.from_linear(nn.Linear(40, 8)), "linear.weight: got shape (8, 40)"),
+        (lambda: fp.Mxfp4Linear(torch.zeros(4, 32), torch.zeros(4, 2)), "weight_packed: got torch.float32"),
+        (
+            lambda: fp.Mxfp4Linear(torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.uint8)),
+            "weight_scale: got (4, 1) for weight_packed (4, 32)",
+        ),
+        (
+            lambda: fp.Mxfp4Linear(
+                torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.uint8), torch.zeros(3)
+            ),
+            "bias: got shape (3,), allowed (4,)",
+        ),
+    ],
+)
+def test_bad_input_is_refused(make, words):
+    with pytest.raises(fp.UnsupportedInput) as error:
+        make()
+    assert words in str(error.value)
+
+
+def test_an_input_that_requires_grad_is_refused_not_cut_off():
+    layer = fp.Mxfp4Linear.from_linear(nn.Linear(64, 32))
+    with pytest.raises(fp.UnsupportedInput, match=r"has no gradient.*torch.no_grad"):
+        layer(torch.randn(4, 64, requires_grad=True))
+    with torch.no_grad():
+        assert not layer(torch.randn(4, 64, requires_grad=True)).requires_grad
