@@ -72,7 +72,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}; sites are rmsnorm_mxfp4_quant + rmsnorm_add_mxfp4_quant")
-    print(f"{'model':12} {'dtype':5} {'sizes':8} {'expect':7} {'fused':7} {'quants':>6} {'refused':>8}  provider   compared")
+    print(
+        f"{'model':12} {'dtype':5} {'sizes':8} {'expect':7} {'fused':7} {'quants':>6} {'refused':>8}  provider   values"
+    )
     right = True
     for name in options.models:
         for dtype in DTYPES:

@@ -58,11 +58,10 @@ class Where:
     @property
     def line(self) -> str:
         """``file:line in function: code`` of the innermost frame in neither torch nor this package."""
-        last = None
-        for last in self._user_frames():
-            pass
-        if last is None:
+        frames = list(self._user_frames())
+        if not frames:
             return "source line unknown"
+        last = frames[-1]
         code = last["code"].strip()
         return f"{_short_path(last['file'])}:{last['line']} in {last['function']}" + (f": {code}" if code else "")
 
@@ -157,7 +156,7 @@ class GraphReport:
 
 @dataclasses.dataclass
 class Report:
-    """Everything a backend compiled, graph by graph, in order. ``print(report)`` for people, :meth:`to_dict` for tools."""
+    """Everything a backend compiled, graph by graph, in order: ``print(report)``, or :meth:`to_dict` for tools."""
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
 
@@ -187,7 +186,8 @@ class Report:
         quants = sum(len(s.anchors) for s in self.fused)
         head = (
             f"fusionpasses: {_plural(len(self.graphs), 'graph')}, {_plural(len(self.fused), 'site')} fused "
-            f"({_plural(quants, 'quant')}), {len(self.refused)} refused, {len(self.sites(NOTHING))} with nothing to fuse"
+            f"({_plural(quants, 'quant')}), {len(self.refused)} refused, "
+            f"{len(self.sites(NOTHING))} with nothing to fuse"
         )
         return "\n".join([head, *map(str, self.graphs)])
 

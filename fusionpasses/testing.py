@@ -204,6 +204,8 @@ class _Recorder:
 
         def observe(stage: str, graph: fx.Graph) -> None:
             module = graph.owning_module
+            if module is None:
+                raise TypeError("a post-grad graph without a module cannot be interpreted")
             current[:] = [id(module)]
             kept = before if stage == "before" else after
             kept[id(module)] = _copy(module, kept)
@@ -216,9 +218,9 @@ class _Recorder:
         )
 
         def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            from torch._guards import detect_fake_mode
             from torch._inductor.compile_fx import _recursive_post_grad_passes
             from torch._inductor.virtualized import V
-            from torch._dynamo.utils import detect_fake_mode
 
             first = len(reports)
             with V.set_fake_mode(detect_fake_mode(example_inputs)):
@@ -233,7 +235,7 @@ class _Recorder:
         patches["post_grad_custom_pre_pass"], _ = compose(patches.get("post_grad_custom_pre_pass"), pipeline)
         patches["force_disable_caches"] = True
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=patches)
+            return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[arg-type]
 
     def _runner(self, before: fx.GraphModule, after: fx.GraphModule) -> Callable[[Sequence[Any]], Any]:
         def run(arguments: Sequence[Any]) -> Any:
@@ -280,11 +282,9 @@ def _clone(arguments: Sequence[Any]) -> list[Any]:
             return value
         storage = value.untyped_storage()
         if storage.data_ptr() not in copies:
-            copies[storage.data_ptr()] = torch.empty(0, dtype=value.dtype, device=value.device).set_(
-                storage.clone()  # type: ignore[call-overload]
-            )
+            copies[storage.data_ptr()] = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage.clone())
         copied = torch.empty(0, dtype=value.dtype, device=value.device)
-        return copied.set_(  # type: ignore[call-overload]
+        return copied.set_(
             copies[storage.data_ptr()].untyped_storage(), value.storage_offset(), value.size(), value.stride()
         )
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.tiny_models import MODELS
 
 import fusionpasses as fp
+from benchmarks.tiny_models import MODELS
 from fusionpasses.testing import assert_equivalent, assert_fused
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -112,7 +112,7 @@ def test_a_bad_weight_changes_nothing():
     with torch.no_grad():
         model[1].weight[3, 5] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(fp.UnsupportedInput, match="module '1': linear.weight: got Inf or NaN"):
+    with pytest.raises(fp.UnsupportedInput, match=r"module '1': linear.weight: got Inf or NaN"):
         fp.quantize_mxfp4(model)
     assert all(type(m) is nn.Linear for m in model)
     assert all(torch.equal(v, before[k]) or k == "1.weight" for k, v in model.state_dict().items())

@@ -347,8 +347,10 @@ def _transposed(s, x, w):
 
 
 def _regrouped_rows(s, x, w):
-    return _norm(s, x, w).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1] // 32, 32) if x.shape[-1] != 32 else (
-        _norm(s, x, w).reshape(*x.shape[:-2], x.shape[-2] // 2, 64)
+    return (
+        _norm(s, x, w).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1] // 32, 32)
+        if x.shape[-1] != 32
+        else (_norm(s, x, w).reshape(*x.shape[:-2], x.shape[-2] // 2, 64))
     )
 
 

@@ -423,7 +423,7 @@ def test_assert_equivalent_catches_a_wrong_rewrite(monkeypatch):
 
     monkeypatch.setattr(RmsNormMxfp4Quant, "_rewrite", swapped)
     torch.manual_seed(0)
-    with torch.no_grad(), pytest.raises(fp.NotEquivalent, match="tensors differ after the passes: .* integer ones"):
+    with torch.no_grad(), pytest.raises(fp.NotEquivalent, match=r"tensors differ after the passes: .* integer ones"):
         assert_equivalent(lambda x, w: quant(norm(x, w)), (bf16(64, 256), bf16(256)))
 
 

@@ -38,8 +38,8 @@ class Mxfp4Linear(nn.Module):
         rows, half = weight_packed.shape
         if half % (_mxfp4.BLOCK // 2) != 0 or tuple(weight_scale.shape) != (rows, half * 2 // _mxfp4.BLOCK):
             raise UnsupportedInput(
-                f"weight_scale: got {tuple(weight_scale.shape)} for weight_packed {tuple(weight_packed.shape)}, allowed "
-                "[N, K/32] for [N, K/2], K a multiple of 32"
+                f"weight_scale: got {tuple(weight_scale.shape)} for weight_packed {tuple(weight_packed.shape)}, "
+                "allowed [N, K/32] for [N, K/2], K a multiple of 32"
             )
         if bias is not None and tuple(bias.shape) != (rows,):
             raise UnsupportedInput(f"bias: got shape {tuple(bias.shape)}, allowed ({rows},), the rows of weight_packed")

@@ -92,7 +92,7 @@ def quantize_mxfp4(
                 summary.left[name] = reason
             continue
         try:
-            replacements[module] = Mxfp4Linear.from_linear(module, scale_mode=scale_mode)  # type: ignore[arg-type]
+            replacements[module] = Mxfp4Linear.from_linear(module, scale_mode=scale_mode)
         except UnsupportedInput as error:
             raise UnsupportedInput(f"module {name!r}: {error}") from None
         summary.quantized.append(name)

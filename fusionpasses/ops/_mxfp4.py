@@ -129,4 +129,5 @@ def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2**exponent as float32, for int32 exponents in -126..127."""
-    return ((exponent + 127) << _MANTISSA_BITS).view(torch.float32)
+    power: Tensor = ((exponent + 127) << _MANTISSA_BITS).view(torch.float32)
+    return power

@@ -62,15 +62,13 @@ def check(
         )
     if weight.dtype not in (x.dtype, torch.float32):
         raise UnsupportedInput(
-            f"weight.dtype: got {weight.dtype} with x {x.dtype}, allowed {x.dtype} or torch.float32; convert one of them"
+            f"weight.dtype: got {weight.dtype} with x {x.dtype}, allowed {x.dtype} or torch.float32; convert one"
         )
     if weight.device != x.device:
         raise UnsupportedInput(f"weight.device: got {weight.device}, allowed {x.device}, that of x; move one of them")
 
 
-def reference(
-    x: Tensor, weight: Tensor | None, eps: float, cast_order: str, norm_dtype: torch.dtype | None
-) -> Tensor:
+def reference(x: Tensor, weight: Tensor | None, eps: float, cast_order: str, norm_dtype: torch.dtype | None) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if cast_order == "cast_scale":

@@ -53,7 +53,9 @@ def check(
                 f"one scale per {per_scale} bytes of codes"
             )
     if bias is not None and tuple(bias.shape) != (w_codes.shape[0],):
-        raise UnsupportedInput(f"bias: got shape {tuple(bias.shape)}, allowed [{w_codes.shape[0]}], the rows of w_codes")
+        raise UnsupportedInput(
+            f"bias: got shape {tuple(bias.shape)}, allowed [{w_codes.shape[0]}], the rows of w_codes"
+        )
     if out_dtype not in _mxfp4.INPUT_DTYPES:
         raise UnsupportedInput(f"out_dtype: got {out_dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}")
 

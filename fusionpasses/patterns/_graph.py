@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 #: Metadata that ties a node to the user's source; copied to the nodes that replace it.

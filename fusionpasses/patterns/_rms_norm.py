@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, PatternExpr
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 
 from fusionpasses.ops._mxfp4 import BLOCK, INPUT_DTYPES
 from fusionpasses.patterns._graph import same_shape, tensor_of
@@ -109,14 +109,12 @@ def recognise(root: fx.Node) -> RmsNorm | None:
             normed, tail_nodes, captured = root, [], {}
         else:
             match = tail.pattern.match(root)
-            if not match:
+            if not isinstance(match, Match) or not isinstance(match.kwargs["normed"], fx.Node):
                 continue
             normed, tail_nodes, captured = match.kwargs["normed"], list(match.nodes), match.kwargs
-            if not isinstance(normed, fx.Node):
-                continue
         for normalise in NORMALISE:
-            inner = normalise.pattern.match(normed)  # type: ignore[union-attr]
-            if not inner:
+            inner = normalise.pattern.match(normed) if normalise.pattern is not None else None
+            if not isinstance(inner, Match):
                 continue
             return RmsNorm(
                 root=root,
@@ -168,7 +166,9 @@ def _check_axis(norm: RmsNorm) -> str | None:
     x = tensor_of(norm.x)
     rank = x.dim() if x is not None else 0
     if [d % rank for d in norm.dims] != [rank - 1]:
-        return f"the mean is taken over dims {list(norm.dims)} of a {rank}-D tensor; the fused op normalises the last axis"
+        return (
+            f"the mean is taken over dims {list(norm.dims)} of a {rank}-D tensor; the fused op normalises the last axis"
+        )
     return None
 
 
@@ -184,7 +184,7 @@ def _check_width(norm: RmsNorm) -> str | None:
 
 def _check_eps(norm: RmsNorm) -> str | None:
     if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)):
-        return f"eps is {norm.eps}, a value of the graph; the fused op takes a Python number. Make it a float of the module"
+        return f"eps is {norm.eps}, a value of the graph; the fused op takes a Python number; make it one"
     return None
 
 
@@ -193,11 +193,13 @@ def _check_weight(norm: RmsNorm) -> str | None:
         return None
     weight, x = tensor_of(norm.weight), tensor_of(norm.x)
     if weight is None or x is None:
-        return f"the norm is multiplied by {norm.weight}, which is not a tensor; the fused op takes a weight [N] or none"
+        return (
+            f"the norm is multiplied by {norm.weight}, which is not a tensor; the fused op takes a weight [N] or none"
+        )
     if weight.dim() != 1 or not same_shape(weight.shape, x.shape[-1:]):
         return f"the norm is multiplied by a tensor of shape {list(weight.shape)}, not by a weight [{x.shape[-1]}]"
     if weight.dtype not in (x.dtype, torch.float32):
-        return f"the weight is {weight.dtype} and the input {x.dtype}; the fused op takes a weight of the same dtype or float32"
+        return f"the weight is {weight.dtype} and the input {x.dtype}; the fused op takes the same dtype or float32"
     return None
 
 
@@ -206,7 +208,9 @@ def _check_casts(norm: RmsNorm) -> str | None:
     if x is None:
         return None
     if norm.rounded_to is not None and norm.rounded_to != x.dtype:
-        return f"the norm is rounded to {norm.rounded_to} before the weight; the fused op rounds to its input's {x.dtype}"
+        return (
+            f"the norm is rounded to {norm.rounded_to} before the weight; the fused op rounds to its input's {x.dtype}"
+        )
     if norm.norm_dtype not in (x.dtype, torch.float32):
         return f"the norm's result is {norm.norm_dtype}; the fused op gives {x.dtype} (that of its input) or float32"
     return None
@@ -240,7 +244,7 @@ NEAR_MISSES: dict[Any, str] = {
     aten.rsqrt.default: "an rsqrt-based norm in a spelling the recogniser does not have",
     aten.sqrt.default: "the norm divides by a square root (x / sqrt(v)); write x * torch.rsqrt(v)",
     aten.pow.Tensor_Scalar: "the norm's scale is a power (v ** -0.5); write torch.rsqrt(v)",
-    aten.linalg_vector_norm.default: "the norm is taken with vector_norm; write x * torch.rsqrt(x.pow(2).mean(-1, True) + eps)",
+    aten.linalg_vector_norm.default: "the norm is taken with vector_norm; write torch.rsqrt(x.pow(2).mean(-1, True) + eps)",
 }
 
 
@@ -282,7 +286,9 @@ def _ancestors(node: fx.Node, depth: int) -> list[fx.Node]:
 
 
 def _subtracts_mean(node: fx.Node) -> bool:
-    return any(n.target in (aten.var_mean.correction, aten.var.correction, aten.sub.Tensor) for n in _ancestors(node, 4))
+    return any(
+        n.target in (aten.var_mean.correction, aten.var.correction, aten.sub.Tensor) for n in _ancestors(node, 4)
+    )
 
 
 def _detail(node: fx.Node) -> str:

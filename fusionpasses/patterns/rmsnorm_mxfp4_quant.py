@@ -133,7 +133,9 @@ RESIDUAL_GUARDS = (
     Guard("plain add", "the add has no keyword arguments (alpha=)", _check_add_kwargs),
     Guard("operands", "both operands are tensors of the sum's shape and dtype", _check_add_operands),
     Guard("strides", "the sum is contiguous", _check_add_strides),
-    Guard("order", "the weight does not depend on the sum, and nothing writes to a tensor in between", _check_add_order),
+    Guard(
+        "order", "the weight does not depend on the sum, and nothing writes to a tensor in between", _check_add_order
+    ),
 )
 
 
@@ -316,9 +318,7 @@ class RmsNormMxfp4Quant(FusionPass):
                 value=tuple(values.values()) if direct else None,
             )
             out = {
-                result: call(
-                    graph, operator.getitem, (fused, i), {}, provenance=norm.root, value=fused.meta["val"][i]
-                )
+                result: call(graph, operator.getitem, (fused, i), {}, provenance=norm.root, value=fused.meta["val"][i])
                 for i, result in enumerate(values)
             }
         new = [fused, *out.values()]

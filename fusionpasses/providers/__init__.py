@@ -42,7 +42,7 @@ def verdict(provider: str, op: str, device_type: str) -> Verdict:
     return probe_triton()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def select(op: str, device_type: str, requested: str = "auto") -> str:
     """Name of the provider that runs ``op`` on this device type.
 
@@ -65,7 +65,7 @@ def select(op: str, device_type: str, requested: str = "auto") -> str:
     return requested
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def implementation(provider: str, op: str) -> Callable[..., object]:
     """The adapter function of a provider for an op; imports the provider's module."""
     module = importlib.import_module(f"fusionpasses.providers.{provider}")
@@ -77,6 +77,8 @@ def summary(device_type: str) -> dict[str, dict[str, str]]:
     """Verdict of every provider for every op on a device type, as text: part of the cache identity."""
     ops = sorted(set().union(*_IMPLEMENTS.values()))
     return {
-        op: {name: f"{bool(answer)}: {answer.why}" for name in PREFERENCE for answer in [verdict(name, op, device_type)]}
+        op: {
+            name: f"{bool(answer)}: {answer.why}" for name in PREFERENCE for answer in [verdict(name, op, device_type)]
+        }
         for op in ops
     }
