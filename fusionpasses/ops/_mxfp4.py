@@ -124,7 +124,8 @@ def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
     half = exponent >> 1
     factor = torch.where(scales == NAN_SCALE, torch.nan, _power_of_two(half))
     rest = _power_of_two(exponent - half)
-    return (elements * factor.unsqueeze(-1) * rest.unsqueeze(-1)).flatten(-2)
+    result: Tensor = (elements * factor.unsqueeze(-1) * rest.unsqueeze(-1)).flatten(-2)
+    return result
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

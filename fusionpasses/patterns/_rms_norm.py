@@ -244,7 +244,7 @@ NEAR_MISSES: dict[Any, str] = {
     aten.rsqrt.default: "an rsqrt-based norm in a spelling the recogniser does not have",
     aten.sqrt.default: "the norm divides by a square root (x / sqrt(v)); write x * torch.rsqrt(v)",
     aten.pow.Tensor_Scalar: "the norm's scale is a power (v ** -0.5); write torch.rsqrt(v)",
-    aten.linalg_vector_norm.default: "the norm is taken with vector_norm; write torch.rsqrt(x.pow(2).mean(-1, True) + eps)",
+    aten.linalg_vector_norm.default: "the norm is taken with vector_norm; write x * torch.rsqrt(mean + eps)",
 }
 
 
@@ -274,6 +274,8 @@ _REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.defa
 
 def _is_row_statistic(node: fx.Node) -> bool:
     """Is this root taken of a reduction, and so one number per row?"""
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] not in (0.5, -0.5):
+        return False
     return any(n.target in _REDUCTIONS for n in _ancestors(node, 4))
 
 
