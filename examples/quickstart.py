@@ -6,6 +6,7 @@ Runs on the GPU if there is one, else on the CPU. ``python examples/quickstart.p
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def main() -> None:
+    # transformers caches version checks with functools; Dynamo says on every compile that it traces through them.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_deepseek_v3(device)
     tokens = torch.randint(0, 256, (1, 16), device=device)
@@ -65,7 +68,7 @@ def main() -> None:
     print(fp.last_quantization(), "\n")
 
     with torch.inference_mode(), same_rounding_as_eager():
-        print("compiling (a minute on a CPU) ...", flush=True)
+        print("compiling; about a minute on a CPU ...", flush=True)
         compiled = torch.compile(model, backend=fp.fusion_backend())
         fused = compiled(tokens).logits
         print(fp.last_report(), "\n")

@@ -37,6 +37,7 @@ class Legal:
     shape: tuple[int, ...]
     library: str  # "by hand", "F.rms_norm", "nn.RMSNorm"
     square: str
+    upcast_again: bool
     positive_dim: bool
     eps: float
     eps_first: bool
@@ -81,6 +82,7 @@ class Legal:
         h = x.float()
         mean = _square(h, self.square).mean(x.dim() - 1 if self.positive_dim else -1, keepdim=True)
         r = torch.rsqrt(self.eps + mean if self.eps_first else mean + self.eps)
+        h = x.float() if self.upcast_again else h
         y = r * h if self.rsqrt_first else h * r
         if self.order in ("cast_scale", "cast_scale_cast"):
             y = y.to(self.dtype)
@@ -132,6 +134,7 @@ legal_variants = st.builds(
     shape=st.sampled_from([(6, 64), (1, 32), (2, 3, 96), (3, 1, 64), (2, 1, 3, 64)]),
     library=st.sampled_from(["by hand", "by hand", "by hand", "F.rms_norm", "nn.RMSNorm"]),
     square=st.sampled_from(["pow", "x*x", "square", "**"]),
+    upcast_again=st.sampled_from([False, False, True]),
     positive_dim=st.booleans(),
     eps=st.sampled_from([1e-5, 1e-6, 3e-5, 1e-12, 0.1]),
     eps_first=st.booleans(),

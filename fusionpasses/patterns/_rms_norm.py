@@ -50,15 +50,22 @@ def _tails() -> tuple[Spelling, ...]:
 
 def _normalise() -> tuple[Spelling, ...]:
     result = []
+    x = KeywordArg("x")
     for upcast in (True, False):
+
+        def wide(upcast: bool = upcast) -> PatternExpr:
+            # A pattern of its own for each use: one node, or as many equal ones as the author wrote x.float(), since
+            # inference graphs see no common-subexpression elimination.
+            return _call(_CAST, x, KeywordArg("compute_dtype")) if upcast else x
+
         for square in ("pow", "x*x"):
-            x = KeywordArg("x")
-            wide = _call(_CAST, x, KeywordArg("compute_dtype")) if upcast else x
-            squared = _call(aten.pow.Tensor_Scalar, wide, 2) if square == "pow" else _call(aten.mul.Tensor, wide, wide)
+            squared = (
+                _call(aten.pow.Tensor_Scalar, wide(), 2) if square == "pow" else _call(aten.mul.Tensor, wide(), wide())
+            )
             mean = _call(aten.mean.dim, squared, KeywordArg("dims"), True)
             for add in (aten.add.Tensor, aten.add.Scalar):  # written by hand; decomposed from F.rms_norm
                 rsqrt = _call(aten.rsqrt.default, _call(add, mean, KeywordArg("eps")))
-                for product in _either_order(wide, rsqrt):
+                for product in _either_order(wide(), rsqrt):
                     result.append(Spelling(f"{square}{', upcast' if upcast else ''}", product))
     return tuple(result)
 
@@ -118,7 +125,7 @@ def recognise(root: fx.Node) -> RmsNorm | None:
                 continue
             return RmsNorm(
                 root=root,
-                nodes=[*tail_nodes, *inner.nodes],
+                nodes=list(dict.fromkeys([*tail_nodes, *inner.nodes])),
                 statistics=list(inner.nodes),
                 x=inner.kwargs["x"],
                 weight=captured.get("weight"),
