@@ -240,6 +240,11 @@ def _eps_is_a_tensor(s, x, w):
     return _finish(s, h, torch.rsqrt(_mean(h) + w.float().abs().max()), w)
 
 
+def _eps_with_alpha(s, x, w):
+    h = x.float()
+    return _finish(s, h, torch.rsqrt(torch.add(_mean(h), s.eps, alpha=1000)), w)
+
+
 def _sqrt_div(s, x, w):
     h = x.float()
     return _scaled(s, (h / torch.sqrt(_mean(h) + s.eps)).to(s.dtype), w)
@@ -377,6 +382,7 @@ ILLEGAL = {
     _statistics_in_half: (REFUSED, "float32"),
     _norm_in_float64: (REFUSED, "float64"),
     _eps_is_a_tensor: (REFUSED, "Python number"),
+    _eps_with_alpha: (REFUSED, "alpha=1000"),
     _sqrt_div: (REFUSED, "square root"),
     _one_over_sqrt: (REFUSED, "square root"),
     _power: (REFUSED, "rsqrt"),
