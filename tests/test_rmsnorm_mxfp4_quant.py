@@ -74,6 +74,23 @@ def test_residual_add_in_either_order_with_the_sum_used_later(swap):
     assert "aten.add" not in {k for k in count_ops(after) if k == "aten.add"}
 
 
+def test_a_reader_of_the_sum_that_stands_before_the_norm():
+    """Training graphs keep the author's order: the reader must move behind the op that now makes the sum."""
+
+    def model(x, r, w, p):
+        s = x + r
+        early = (s * p).sum()
+        return early, *quant(norm(s, w))
+
+    p = torch.randn(64, requires_grad=True)
+    result = capture(model, (bf16(4, 64), bf16(4, 64), bf16(64), p), backward=lambda out: out[0])
+    assert ops(result) == [(FUSED, "rmsnorm_add_mxfp4_quant.default")]
+    assert result.comparison.unequal == 0
+    before = [str(n.target) for n in result.graphs[0].before.graph.nodes]
+    assert before.index("aten.sum.default") < before.index("aten.rsqrt.default")
+    assert p.grad is not None
+
+
 def test_chain_of_residual_blocks():
     """Each norm's sum is the next one's residual: rewritten last to first, they must not lose each other."""
 
