@@ -8,37 +8,33 @@ SYSTEM_SITE ?=
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.ready
+SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' SYSTEM_SITE='$(SYSTEM_SITE)' TORCH='$(TORCH)' sh tools/environment.sh
+INPUTS := pyproject.toml tools/environment.sh tools/check_tools.sh
 .DEFAULT_GOAL := help
-.PHONY: help tools demo test lint types clean
+.PHONY: help demo test lint types clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
-tools:
-	@PYTHON='$(PYTHON)' sh tools/check_tools.sh
+$(VENV)/.demo: $(INPUTS)
+	@$(SETUP) torch transformers
+	@touch $@
 
-# A torch that is importable is never replaced: its exact version is a constraint for everything installed after it.
-$(STAMP): pyproject.toml Makefile tools/check_tools.sh
-	@PYTHON='$(PYTHON)' sh tools/check_tools.sh
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages) $(VENV)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
-	@echo "using `cat $(VENV)/constraints.txt`; installing the rest into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
-	@touch $(STAMP)
+$(VENV)/.ready: $(INPUTS)
+	@$(SETUP) torch transformers depyf hypothesis mypy numpy pytest ruff xdist
+	@touch $@
 
-demo: $(STAMP)  ## the main job on a tiny DeepSeek-V3: what fused, what did not and why, and the proof
-	@$(BIN)/python examples/quickstart.py
+demo: $(VENV)/.demo  ## the main job on a tiny DeepSeek-V3: what fused, what did not and why, and the proof
+	@PYTHONPATH=. $(BIN)/python examples/quickstart.py
 
-test: $(STAMP)  ## all tests that need no GPU
-	@$(BIN)/python -m pytest -m 'not gpu'
+test: $(VENV)/.ready  ## all tests that need no GPU
+	@PYTHONPATH=. $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
-lint: $(STAMP)  ## ruff, format and rules
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.ready  ## ruff: rules and format
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
-types: $(STAMP)  ## mypy, strict
-	@$(BIN)/mypy
+types: $(VENV)/.ready  ## mypy, strict
+	@$(BIN)/python -m mypy
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
