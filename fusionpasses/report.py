@@ -19,15 +19,17 @@ FROM_CACHE = "from cache"
 CACHE_UNKNOWN = "from cache, report unavailable"
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')
-_ROOT = re.compile(r"^L\['self'\]\.?")
+_ROOT = re.compile(r"^L\['(?:self|fn)'\](?:\.|$)")  # fn: how Dynamo calls a module of torch's own, like nn.Sequential
 _LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\]")
 
 
 @functools.cache
-def _library_folders() -> tuple[str, ...]:
+def _library_folders() -> tuple[str, str]:
+    """The folders of this package and of torch."""
     import torch
 
-    return tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, str(torch.__file__)))
+    package, torch_folder = (os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, str(torch.__file__)))
+    return package, torch_folder
 
 
 def _short_path(file: str) -> str:
@@ -57,18 +59,20 @@ class Where:
 
     @property
     def line(self) -> str:
-        """``file:line in function: code`` of the innermost frame in neither torch nor this package."""
-        frames = list(self._user_frames())
+        """``file:line in function: code`` of the innermost frame outside torch and this package.
+
+        When all frames are theirs, as in an nn.Sequential, torch's is taken before ours.
+        """
+        package, torch_folder = _library_folders()
+        places = [(os.path.abspath(frame["file"]), frame) for frame in _FRAME.finditer(self.stack_trace)]
+        users = [frame for file, frame in places if not file.startswith((package, torch_folder))]
+        torchs = [frame for file, frame in places if file.startswith(torch_folder)]
+        frames = users or torchs or [frame for _, frame in places]
         if not frames:
             return "source line unknown"
         last = frames[-1]
         code = last["code"].strip()
         return f"{_short_path(last['file'])}:{last['line']} in {last['function']}" + (f": {code}" if code else "")
-
-    def _user_frames(self) -> Iterator[re.Match[str]]:
-        for frame in _FRAME.finditer(self.stack_trace):
-            if not os.path.abspath(frame["file"]).startswith(_library_folders()):
-                yield frame
 
 
 @dataclasses.dataclass

@@ -31,7 +31,6 @@ ALLOWED = {
     "records": {"report"},
     "backend": {"anchors", "config", "dump", "dynamo_floats", "errors", "pipeline", "records", "report"},
     "testing": {"anchors", "backend", "config", "dynamo_floats", "errors", "pipeline", "report"},
-    "pytest_plugin": {"testing"},
 }
 
 
@@ -148,10 +147,37 @@ def test_import_is_light():
     assert min(times) < 0.3, times
 
 
-def test_pytest_plugin_imports_nothing_heavy():
-    top = [name for name, top_level in imports(PACKAGE / "pytest_plugin.py") if top_level]
-    assert "torch" not in {n.split(".")[0] for n in top}
-    assert not any(n.startswith("fusionpasses") for n in top)
+def test_the_pytest_plugin_imports_neither_torch_nor_the_package():
+    """It is imported in every pytest run of an environment."""
+    result = run_python("import sys, fusionpasses_pytest; print('torch' in sys.modules, 'fusionpasses' in sys.modules)")
+    assert result.stdout.strip() == "False False", result.stderr
+
+
+def test_the_pytest_plugin_gives_the_assertions(pytester_free_run):
+    result = pytester_free_run(
+        "import torch\n"
+        "def test_it(assert_fused, assert_equivalent):\n"
+        "    model = lambda x: torch.ops.fusionpasses.dynamic_mxfp4_quant(torch.nn.functional.rms_norm(x, (64,)))\n"
+        "    assert_fused(model, (torch.randn(4, 64),), {'rmsnorm_mxfp4_quant': 1})\n"
+        "    assert_equivalent(model, (torch.randn(4, 64),))\n"
+    )
+    assert "1 passed" in result.stdout, result.stdout
+
+
+@pytest.fixture
+def pytester_free_run(tmp_path):
+    """A pytest run of its own on one file, with the plugin given by name: it may not be installed."""
+
+    def run(source):
+        file = tmp_path / "test_plugin.py"
+        file.write_text(source)
+        code = (
+            "import sys, pytest\n"
+            f"sys.exit(pytest.main(['-q', '-p', 'fusionpasses_pytest', '-p', 'no:cacheprovider', {str(file)!r}]))"
+        )
+        return run_python(code, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+
+    return run
 
 
 def test_the_repository_speaks_of_the_project_alone():

@@ -191,7 +191,10 @@ def _check_width(norm: RmsNorm) -> str | None:
 
 def _check_eps(norm: RmsNorm) -> str | None:
     if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)):
-        return f"eps is {norm.eps}, a value of the graph; the fused op takes a Python number; make it one"
+        return (
+            f"eps is {norm.eps}, a value of the graph; the fused op takes a Python number. If it is a float that "
+            "Dynamo made dynamic, torch._dynamo.config.specialize_float = True keeps it constant"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """pytest fixtures: ``assert_fused`` and ``assert_equivalent``.
 
-pytest imports this in every run of an environment that has fusionpasses installed, so nothing heavy is imported until
-a fixture is used.
+pytest imports this in every run of an environment that has fusionpasses installed. It is no module of the package,
+because importing one imports torch; nothing is, until a fixture is used.
 """
 
 from __future__ import annotations
