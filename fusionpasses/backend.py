@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusionpasses import records
 from fusionpasses.anchors import Anchor, registered_anchors
-from fusionpasses.config import FusionConfig, resolve_inductor_options
+from fusionpasses.config import FusionConfig, did_you_mean, resolve_inductor_options
 from fusionpasses.dump import DumpFolder
-from fusionpasses.errors import FusionError
+from fusionpasses.errors import BadConfig, FusionError
 from fusionpasses.report import CACHE_UNKNOWN, COMPILED, GraphReport, Report
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ class FusionBackend:
         try:
             return self._compile(gm, example_inputs, mode, options)
         except FusionError as error:
-            raise self._for_dynamo(error) from None
+            raise as_dynamo_error(self, error) from None
         except BackendCompilerFailed as error:  # Inductor wraps what a pass raises
             if isinstance(error.inner_exception, FusionError):
-                raise self._for_dynamo(error.inner_exception) from None
+                raise as_dynamo_error(self, error.inner_exception) from None
             raise
 
     def _compile(
@@ -111,15 +111,6 @@ class FusionBackend:
         with session:
             return compile_fx(gm, example_inputs, config_patches={**patches, _HOOK: hook})
 
-    def _for_dynamo(self, error: FusionError) -> FusionError:
-        """The error in a class that is Dynamo's too, which Dynamo raises as it is: ``except BadConfig`` works."""
-        from torch._dynamo.exc import BackendCompilerFailed
-
-        kind = type(error)
-        both = type(kind.__name__, (kind, BackendCompilerFailed), {"__module__": kind.__module__})
-        raised: FusionError = both(self, error, None)
-        return raised.with_traceback(error.__traceback__)
-
     def get_compiler_config(self) -> dict[str, Any]:
         from torch._inductor.compile_fx import get_patched_config_dict
 
@@ -132,6 +123,16 @@ class FusionBackend:
             from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
             reset_cudagraph_trees()
+
+
+def as_dynamo_error(backend: object, error: FusionError) -> FusionError:
+    """The error in a class that is Dynamo's too, which Dynamo raises as it is: ``except BadConfig`` works."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    kind = type(error)
+    both = type(kind.__name__, (kind, BackendCompilerFailed), {"__module__": kind.__module__})
+    raised: FusionError = both(backend, error, None)
+    return raised.with_traceback(error.__traceback__)
 
 
 class _Session:
@@ -218,7 +219,9 @@ def _cache_hits() -> int:
     return int(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 
 
-def fusion_backend(*, provider: str = "auto", passes: Sequence[str] | None = None) -> FusionBackend:
+def fusion_backend(
+    *called_by_dynamo: object, provider: str = "auto", passes: Sequence[str] | None = None, **misspelt: object
+) -> FusionBackend:
     """A torch.compile backend that compiles with Inductor and the fusion passes.
 
     ``torch.compile(model, backend=fusion_backend(), mode=..., options=..., dynamic=..., fullgraph=...)`` take what
@@ -234,6 +237,17 @@ def fusion_backend(*, provider: str = "auto", passes: Sequence[str] | None = Non
             the passes from running (``mode="lite"``).
         ProviderUnavailable: when compiling, if ``provider`` was named and cannot serve a fused op.
     """
+    if called_by_dynamo:
+        raise BadConfig(
+            "fusion_backend: got a graph to compile, so it was handed to torch.compile itself; allowed is what it "
+            "returns. Write backend=fusion_backend(), with parentheses"
+        )
+    if misspelt:
+        name = next(iter(misspelt))
+        raise BadConfig(
+            f"fusion_backend: got {name}=, allowed 'provider' and 'passes'"
+            f"{did_you_mean(name, ('provider', 'passes'))}; mode and options go to torch.compile"
+        )
     return FusionBackend(FusionConfig(provider, passes), registered_anchors())
 
 

@@ -32,7 +32,7 @@ from fusionpasses.config import FusionConfig
 from fusionpasses.dump import DumpFolder
 from fusionpasses.patterns import PASS_NAMES, pass_class
 from fusionpasses.patterns._graph import tensor_of
-from fusionpasses.report import COMPILED, GraphReport, merge_sites
+from fusionpasses.report import COMPILED, GraphReport
 
 if TYPE_CHECKING:
     from fusionpasses.patterns._pass import FusionPass
@@ -140,6 +140,9 @@ class Pipeline(CustomGraphPass):
         dump = self._dump.graph() if self._dump is not None else None
         if self._observe is not None:
             self._observe("before", graph)
+        left_out = [name for name in PASS_NAMES if self._config.passes is not None and name not in self._config.passes]
+        if left_out:
+            report.messages.append(f"not run, because passes={self._config.passes}: {', '.join(left_out)}")
         start = time.perf_counter()
         pin_providers(graph)
         seconds = time.perf_counter() - start
@@ -157,7 +160,7 @@ class Pipeline(CustomGraphPass):
                 report.messages.append(
                     f"pass {fusion_pass.name} was switched off by TORCHINDUCTOR_DISABLED_PASSES or the bisector"
                 )
-            report.sites += merge_sites(fusion_pass.sites)
+            report.sites += fusion_pass.sites
             if dump is not None:
                 dump.after(number, fusion_pass, module)
             self._trace(module, f"fusionpasses_after_{fusion_pass.name}")

@@ -7,8 +7,10 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from fusionpasses.errors import BadConfig
 
 FUSED = "fused"
 REFUSED = "refused"
@@ -166,6 +168,8 @@ class Report:
 
     def sites(self, status: str | None = None) -> list[Site]:
         """Sites of all graphs, or those with one status: "fused", "refused", "nothing to fuse"."""
+        if status not in (None, FUSED, REFUSED, NOTHING):
+            raise BadConfig(f"status: got {status!r}, allowed {FUSED!r}, {REFUSED!r}, {NOTHING!r} or None for all")
         return [s for g in self.graphs for s in g.sites if status is None or s.status == status]
 
     @property
@@ -202,15 +206,3 @@ def _plural(count: int, noun: str) -> str:
 
 def _is_shown(op: str) -> bool:
     return "mxfp4" in op or op.startswith("fusionpasses")
-
-
-def merge_sites(sites: Iterable[Site]) -> list[Site]:
-    """Join sites that were left for the same reason and differ in their quants only: one line per norm."""
-    merged: dict[object, Site] = {}
-    for site in sites:
-        key = (site.status, site.op, site.where, site.reason) if site.status != FUSED else id(site)
-        if key in merged:
-            merged[key].anchors += site.anchors
-        else:
-            merged[key] = site
-    return list(merged.values())

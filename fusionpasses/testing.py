@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from fusionpasses.anchors import registered_anchors
-from fusionpasses.backend import FusionBackend
-from fusionpasses.config import FusionConfig, resolve_inductor_options
-from fusionpasses.errors import NotEquivalent, OpCountMismatch
+from fusionpasses.backend import FusionBackend, as_dynamo_error
+from fusionpasses.config import FusionConfig, did_you_mean, resolve_inductor_options
+from fusionpasses.errors import BadConfig, FusionError, NotEquivalent, OpCountMismatch, UnsupportedInput
+from fusionpasses.ops import OPS
 from fusionpasses.report import GraphReport, Report
 
 
@@ -94,7 +95,8 @@ def capture(
     """Run ``model(*inputs)`` through Dynamo, AOTAutograd and Inductor's post-grad passes, and interpret the graphs.
 
     Every graph is interpreted twice on the inputs it really gets: as it was before the fusion passes and as it is
-    after them. Nothing is compiled.
+    after them. Nothing is compiled. Resets Dynamo before and after, so that code compiled earlier in this process is
+    compiled again when it is next called.
 
     Args:
         model: module or function.
@@ -105,6 +107,14 @@ def capture(
     """
     import torch._dynamo
 
+    if not isinstance(inputs, (tuple, list)):
+        raise BadConfig(
+            f"inputs: got {type(inputs).__name__}, allowed a tuple or list of the model's arguments; for one argument "
+            "write (x,)"
+        )
+    if backend is not None and not isinstance(backend, FusionBackend):
+        raise BadConfig(f"backend: got {backend!r}, allowed what fusion_backend() returns, or None for its defaults")
+    resolve_inductor_options(None, options)
     backend = backend or FusionBackend(FusionConfig(), registered_anchors())
     recorder = _Recorder(backend, dict(options or {}))
     torch._dynamo.reset()
@@ -131,8 +141,11 @@ def assert_fused(
 
     Raises:
         OpCountMismatch: a count differs. The message has the counts and the sites that were left, with reasons.
+        BadConfig: ``expected`` is empty or names what cannot be an op.
+        NotEquivalent: nothing of the model was compiled, so that nothing could be checked.
     """
-    result = capture(model, inputs, **options)
+    _check_expected(expected)
+    result = _capture_something(model, inputs, options)
     counts: dict[str, int] = {}
     for graph in result.graphs:
         for name, count in graph.report.ops_after.items():
@@ -168,17 +181,44 @@ def assert_equivalent(
         options: as for :func:`capture`.
 
     Raises:
-        NotEquivalent: a difference beyond the bounds.
+        NotEquivalent: a difference beyond the bounds, or nothing was compiled and so nothing compared.
     """
-    result = capture(model, inputs, **options)
+    result = _capture_something(model, inputs, options)
     c = result.comparison
-    if c.unequal and (c.max_abs > max_abs or c.bytes_differ > max_bytes_differ):
+    exact = max_abs == 0 and max_bytes_differ == 0
+    if c.unequal and (exact or c.max_abs > max_abs or c.bytes_differ > max_bytes_differ):
         raise NotEquivalent(
             f"{c.unequal} of {c.tensors} tensors differ after the passes: floating-point ones by up to {c.max_abs:g} "
             f"(allowed {max_abs:g}), integer ones in up to {c.bytes_differ:.2%} of the bytes (allowed "
             f"{max_bytes_differ:.2%}). Please report it with this listing.\n{result.report}"
         )
     return result
+
+
+def _capture_something(model: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any]) -> Capture:
+    """A capture that an assertion may rest on: one without graphs would pass anything."""
+    result = capture(model, inputs, **options)
+    if not result.graphs or not result.comparison.tensors:
+        raise NotEquivalent(
+            f"nothing was compared: got {len(result.graphs)} graphs and {result.comparison.tensors} tensors, allowed "
+            "at least one of each. The model fell back to eager (TORCH_LOGS=graph_breaks says where), or it "
+            "computes nothing"
+        )
+    return result
+
+
+def _check_expected(expected: Mapping[str, int]) -> None:
+    ours = {op.packet_name for op in OPS.values()}
+    if not isinstance(expected, Mapping) or not expected:
+        raise BadConfig(f"expected: got {expected!r}, allowed a mapping from op to count: {{'rmsnorm_mxfp4_quant': 4}}")
+    for name in expected:
+        packet = name.removeprefix("fusionpasses::").removeprefix("fusionpasses.").partition(".")[0]
+        if name not in ours and (packet in ours or "." not in name or "::" in name):
+            hint = f" (did you mean {packet!r}?)" if packet in ours else did_you_mean(name, ours)
+            raise BadConfig(
+                f"expected: got {name!r}, allowed {', '.join(map(repr, sorted(ours)))}, or namespace.packet for other "
+                f"ops; overloads are counted together{hint}"
+            )
 
 
 class _Recorder:
@@ -191,6 +231,12 @@ class _Recorder:
         self.comparison = Comparison()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        try:
+            return self._capture(gm, inputs)
+        except FusionError as error:
+            raise as_dynamo_error(self, error) from None
+
+    def _capture(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
         from fusionpasses.dynamo_floats import specialize_norm_eps
@@ -302,9 +348,14 @@ def _same_random_numbers() -> Iterator[None]:
 def _compare(a: Any, b: Any, into: Comparison) -> None:
     for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True):
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            if x is not y and x != y:
+                into.unequal += 1
+                into.max_abs = into.bytes_differ = float("inf")
             continue
+        if x.is_meta:
+            raise UnsupportedInput("inputs: got meta tensors, allowed tensors with values to compare; use the CPU")
         into.tensors += 1
-        if x.dtype != y.dtype or x.shape != y.shape:
+        if x.dtype != y.dtype or x.shape != y.shape or _strides(x) != _strides(y):
             into.unequal += 1
             into.max_abs = into.bytes_differ = float("inf")
             continue
@@ -312,11 +363,18 @@ def _compare(a: Any, b: Any, into: Comparison) -> None:
             continue
         into.unequal += 1
         if x.dtype.is_floating_point:
-            difference = (x.double() - y.double()).abs()
+            # Equal infinities and NaNs on both sides are no difference; one on one side is an infinite one.
+            same = (x == y) | (x.isnan() & y.isnan())
+            difference = torch.where(same, 0.0, (x.double() - y.double()).abs())
             worst = float(difference.nan_to_num(nan=float("inf")).max())
             into.max_abs = max(into.max_abs, worst)
         else:
             into.bytes_differ = max(into.bytes_differ, float((x != y).double().mean()))
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Strides that say where an element is: not those of axes of size one, nor of an empty tensor."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel()]
 
 
 def _equal_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -37,7 +37,7 @@ class Legal:
     shape: tuple[int, ...]
     library: str  # "by hand", "F.rms_norm", "nn.RMSNorm"
     square: str
-    upcast_again: bool
+    upcast: str  # of x in the product: "same" node, "again", or left to "promotion"
     positive_dim: bool
     eps: float
     eps_first: bool
@@ -82,7 +82,7 @@ class Legal:
         h = x.float()
         mean = _square(h, self.square).mean(x.dim() - 1 if self.positive_dim else -1, keepdim=True)
         r = torch.rsqrt(self.eps + mean if self.eps_first else mean + self.eps)
-        h = x.float() if self.upcast_again else h
+        h = {"same": h, "again": x.float(), "promotion": x}[self.upcast]
         y = r * h if self.rsqrt_first else h * r
         if self.order in ("cast_scale", "cast_scale_cast"):
             y = y.to(self.dtype)
@@ -134,7 +134,7 @@ legal_variants = st.builds(
     shape=st.sampled_from([(6, 64), (1, 32), (2, 3, 96), (3, 1, 64), (2, 1, 3, 64)]),
     library=st.sampled_from(["by hand", "by hand", "by hand", "F.rms_norm", "nn.RMSNorm"]),
     square=st.sampled_from(["pow", "x*x", "square", "**"]),
-    upcast_again=st.sampled_from([False, False, True]),
+    upcast=st.sampled_from(["same", "same", "again", "promotion"]),
     positive_dim=st.booleans(),
     eps=st.sampled_from([1e-5, 1e-6, 3e-5, 1e-12, 0.1]),
     eps_first=st.booleans(),
@@ -399,13 +399,13 @@ ILLEGAL = {
     _weight_of_other_half: (REFUSED, "the weight is"),
     _rounded_to_other_half: (REFUSED, "rounded to"),
     _result_in_other_half: (REFUSED, "result is"),
-    _scaled_twice: (REFUSED, ""),
-    _bias: (REFUSED, ""),
-    _activation: (NOTHING, "not from a norm"),
-    _sliced: (NOTHING, "not from a norm"),
-    _transposed: (NOTHING, "not from a norm"),
-    _regrouped_rows: (NOTHING, "not from a norm"),
-    _layer_norm: (NOTHING, "not from a norm"),
+    _scaled_twice: (NOTHING, "aten.mul.Tensor stands between the norm"),
+    _bias: (NOTHING, "aten.add.Tensor stands between the norm"),
+    _activation: (NOTHING, "aten.relu.default stands between the norm"),
+    _sliced: (NOTHING, "aten.slice.Tensor stands between the norm"),
+    _transposed: (NOTHING, "aten.permute.default stands between the norm"),
+    _regrouped_rows: (NOTHING, "aten.view.default stands between the norm"),
+    _layer_norm: (NOTHING, "layer norm"),
     _no_norm: (NOTHING, "not from a norm"),
     _softmax: (NOTHING, "not from a norm"),
 }

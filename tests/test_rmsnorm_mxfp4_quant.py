@@ -200,6 +200,44 @@ def test_a_weight_computed_from_the_sum_leaves_the_add_outside():
     assert "the weight is computed from the sum" in result.report.fused[0].notes[0]
 
 
+def test_two_sums_whose_weights_depend_on_each_other():
+    """Taking both adds in would make a cycle: the one that is judged second stays outside."""
+
+    def swapped(a, b, c, d):
+        s1, s2 = a + b, c + d
+        return *quant(norm(s1, s2.mean(0))), *quant(norm(s2, s1.mean(0)))
+
+    def crossed(a, b, c, d):
+        second = a + b
+        n = second.mean(0)
+        first = c + d
+        return *quant(norm(first, n)), *quant(norm(second, first.mean(0)))
+
+    for model in (swapped, crossed):
+        result = run(model, *(bf16(4, 64) for _ in range(4)))
+        assert sorted(op for _, op in ops(result)) == ["rmsnorm_add_mxfp4_quant.default", "rmsnorm_mxfp4_quant.default"]
+        assert [n for s in result.report.fused for n in s.notes] == [
+            "the residual add was left outside: the weight is computed from the sum"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (lambda s: s.view(-1, 64), "aten.view.default stands between it and the norm"),
+        (lambda s: s.transpose(0, 1), "aten.permute.default stands between it and the norm"),
+    ],
+)
+def test_an_add_behind_a_view_stays_outside_with_a_note(between, words):
+    def model(x, r, w):
+        s = x + r
+        return *quant(norm(between(s), w)), s
+
+    result = run(model, bf16(2, 4, 64), bf16(2, 4, 64), bf16(64))
+    assert ops(result) == [(FUSED, "rmsnorm_mxfp4_quant.default")]
+    assert result.report.fused[0].notes == (f"the residual add was left outside: {words}",)
+
+
 def test_a_weight_computed_after_the_sum_takes_the_add_in():
     def model(x, r, w):
         s = x + r
@@ -425,7 +463,7 @@ def test_assert_fused_tells_what_was_left_and_why():
         with pytest.raises(OpCountMismatch) as error:
             assert_fused(model, (bf16(4, 64), bf16(64)), {"rmsnorm_mxfp4_quant": 1})
     assert "rmsnorm_mxfp4_quant: got 0, expected 1" in str(error.value)
-    assert "the quantised tensor comes from aten.relu.default, not from a norm" in str(error.value)
+    assert "aten.relu.default stands between the norm and the quant" in str(error.value)
 
 
 def test_assert_equivalent_catches_a_wrong_rewrite(monkeypatch):
@@ -453,6 +491,55 @@ def test_count_ops_sees_through_auto_functionalized():
         result = capture(model, (torch.randn(4), torch.randn(2, 4)))
     assert count_ops(result.graphs[0].before)["fusionpasses_tests.write_row"] == 1
     assert result.comparison.unequal == 0
+
+
+def test_sites_of_a_loop_are_counted_one_by_one():
+    """Three norms at one source line, by one module, are three sites."""
+
+    def model(x, w):
+        for _ in range(3):
+            x = x + quant(torch.tanh(x))[0].sum().to(x.dtype)
+        for _ in range(3):
+            h = x.float()
+            x = x + quant((h / torch.sqrt(h.pow(2).mean(-1, keepdim=True))).to(x.dtype))[0].sum().to(x.dtype)
+        return x
+
+    result = run(model, bf16(4, 64), bf16(64))
+    assert [s.status for s in result.report.sites()] == [NOTHING] * 3 + [REFUSED] * 3
+
+
+def test_a_mean_over_all_dims_is_refused():
+    def model(x):
+        h = x.float()
+        return quant((h * torch.rsqrt(h.pow(2).mean(None, keepdim=True) + 1e-6)).to(x.dtype))
+
+    result = run(model, bf16(4, 64))
+    assert [s.status for s in result.report.sites()] == [REFUSED]
+    assert "over dims [0, 1]" in result.report.refused[0].reason
+
+
+def test_a_norm_of_a_norm_fuses_the_last():
+    def plain(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    result = run(lambda x: quant(plain(plain(x))), torch.randn(4, 64))
+    assert ops(result) == [(FUSED, "rmsnorm_mxfp4_quant.default")]
+
+
+@pytest.mark.parametrize(
+    "follows", [lambda y, r: r + y, lambda y, r: y * torch.nn.functional.silu(r)], ids=["add", "gate"]
+)
+def test_what_is_made_of_a_norm_is_no_misspelt_norm(follows):
+    result = run(lambda x, r, w: quant(follows(norm(x, w), r)), bf16(4, 64), bf16(4, 64), bf16(64))
+    assert [s.status for s in result.report.sites()] == [NOTHING]
+    assert "stands between the norm and the quant" in result.report.sites()[0].reason
+
+
+def test_a_pass_that_is_not_enabled_says_so():
+    backend = fp.fusion_backend(passes=())
+    result = run(lambda x, w: quant(norm(x, w)), bf16(4, 64), bf16(64), backend=backend)
+    assert result.report.sites() == []
+    assert result.report.graphs[0].messages == ["not run, because passes=(): rmsnorm_mxfp4_quant"]
 
 
 def test_nothing_to_fuse_is_said_without_alarm():

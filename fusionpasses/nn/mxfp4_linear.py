@@ -56,6 +56,8 @@ class Mxfp4Linear(nn.Module):
             UnsupportedInput: in_features is not a multiple of 32, or a weight is not finite.
         """
         _mxfp4.check_scale_mode(scale_mode)
+        if not isinstance(linear, nn.Linear):
+            raise UnsupportedInput(f"linear: got {type(linear).__name__}, allowed torch.nn.Linear")
         weight = linear.weight.detach()
         _mxfp4.check_input("linear.weight", weight)
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):

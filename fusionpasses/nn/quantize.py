@@ -73,6 +73,10 @@ def quantize_mxfp4(
     """
     global _last
     _mxfp4.check_scale_mode(scale_mode)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
+    if filter is not None and not callable(filter):
+        raise UnsupportedInput(f"filter: got {filter!r}, allowed a function of (name, module) that returns a bool")
     if isinstance(model, nn.Linear):
         raise UnsupportedInput(
             "model: got an nn.Linear, which cannot be replaced in place; allowed: a module that holds linears. Use "

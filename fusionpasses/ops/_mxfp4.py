@@ -50,7 +50,7 @@ _MANTISSA_BITS = 23
 
 
 def check_scale_mode(scale_mode: str) -> None:
-    if scale_mode not in SCALE_ADDEND:
+    if not isinstance(scale_mode, str) or scale_mode not in SCALE_ADDEND:
         raise UnsupportedInput(
             f"scale_mode: got {scale_mode!r}, allowed {', '.join(map(repr, SCALE_ADDEND))}; take the mode the "
             "checkpoint was made with ('even' for AMD Quark, 'rceil' for NVIDIA tools)"

@@ -41,8 +41,9 @@ def check(
             raise UnsupportedInput(f"{name}.dtype: got {tensor.dtype}, allowed torch.uint8; use .view(torch.uint8)")
     if x_codes.dim() == 0 or w_codes.dim() != 2 or w_codes.shape[1] != x_codes.shape[-1]:
         raise UnsupportedInput(
-            f"w_codes: got shape {tuple(w_codes.shape)}, allowed [N, K/2] with the K/2 of x_codes "
-            f"{tuple(x_codes.shape)}"
+            f"w_codes: got shape {tuple(w_codes.shape)} with x_codes {tuple(x_codes.shape)}, allowed [N, K/2] and "
+            f"[..., K/2] with one width K; x is {x_codes.shape[-1] * 2 if x_codes.dim() else 0} wide and the weight "
+            f"{w_codes.shape[-1] * 2}"
         )
     per_scale = _mxfp4.BLOCK // 2
     for name, codes, scales in (("x_scales", x_codes, x_scales), ("w_scales", w_codes, w_scales)):

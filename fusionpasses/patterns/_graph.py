@@ -72,7 +72,11 @@ def mutating_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def depends_on(node: object, ancestor: fx.Node) -> bool:
-    """Is ``node`` computed from ``ancestor``? Looks only at nodes that come after it."""
+    """Is ``node`` computed from ``ancestor``?
+
+    Asked of weights, which are inputs or a step from one. Places in the graph say nothing here: a sum that was taken
+    into an op stands behind its readers until the pass ends.
+    """
     if not isinstance(node, fx.Node):
         return False
     seen: set[fx.Node] = set()
@@ -81,7 +85,7 @@ def depends_on(node: object, ancestor: fx.Node) -> bool:
         current = stack.pop()
         if current is ancestor:
             return True
-        if current in seen or current < ancestor:
+        if current in seen:
             continue
         seen.add(current)
         stack.extend(current.all_input_nodes)

@@ -61,7 +61,8 @@ def first_failure(guards: tuple[Guard, ...], *facts: Any) -> str | None:
 class Judgement:
     """What a pass decided about one site, before anything is changed.
 
-    ``at`` is the node that gives the site its place in the report. ``rewrite`` is None when it is refused.
+    ``at`` is the node that is quantised, the norm's result: it gives the site its place in the report, and anchors
+    that are left for the same reason at the same node are one site. ``rewrite`` is None when it is refused.
     """
 
     site: Site
@@ -98,7 +99,8 @@ class FusionPass(PatternMatcherPass, abc.ABC):
         self._judged: list[Judgement] = []
         self.begin(graph)
         count = self.apply(graph)
-        self.sites = [j.site for j in sorted(self._judged, key=lambda j: places.get(j.at, len(places)))]
+        self._judged.sort(key=lambda j: places.get(j.at, len(places)))
+        self.sites = _merged(self._judged)
         self.end(graph)
         return count
 
@@ -120,3 +122,15 @@ class FusionPass(PatternMatcherPass, abc.ABC):
         if self._judgement is None or self._judgement.rewrite is None:
             raise RuntimeError(f"{self.name}: the matcher called the handler for a site that was refused")
         self._judgement.rewrite()
+
+
+def _merged(judgements: list[Judgement]) -> list[Site]:
+    sites: dict[object, Site] = {}
+    for judgement in judgements:
+        site = judgement.site
+        key = id(site) if judgement.rewrite else (judgement.at, site.status, site.op, site.reason)
+        if key in sites:
+            sites[key].anchors = (*site.anchors, *sites[key].anchors)  # anchors were visited last to first
+        else:
+            sites[key] = site
+    return list(sites.values())

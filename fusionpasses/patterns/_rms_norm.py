@@ -7,6 +7,7 @@ tensor, through weight and casts; NORMALISE goes from there to the norm's input.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, 
 from fusionpasses.ops._mxfp4 import BLOCK, INPUT_DTYPES
 from fusionpasses.patterns._graph import same_shape, tensor_of
 from fusionpasses.patterns._pass import Guard, Spelling, first_failure
-from fusionpasses.patterns._views import is_row_view
 
 aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
@@ -67,6 +67,9 @@ def _normalise() -> tuple[Spelling, ...]:
                 rsqrt = _call(aten.rsqrt.default, _call(add, mean, KeywordArg("eps")))
                 for product in _either_order(wide(), rsqrt):
                     result.append(Spelling(f"{square}{', upcast' if upcast else ''}", product))
+                if upcast:  # T5 leaves the product to type promotion, which widens x to the same float32
+                    for product in _either_order(x, rsqrt):
+                        result.append(Spelling(f"{square}, upcast in the statistics", product))
     return tuple(result)
 
 
@@ -108,9 +111,21 @@ class RmsNorm:
 
 
 def recognise(root: fx.Node) -> RmsNorm | None:
-    """The RMSNorm whose result is ``root``, in any accepted spelling; its guards are not yet checked."""
+    """The RMSNorm whose result is ``root``, in any accepted spelling.
+
+    A product can be read in two ways (which factor is the norm?): one that holds the guards goes first.
+    """
+    first = None
+    for norm in _readings(root):
+        if illegal(norm) is None:
+            return norm
+        first = first or norm
+    return first
+
+
+def _readings(root: fx.Node) -> Iterator[RmsNorm]:
     if root.op != "call_function" or root.target not in (aten.mul.Tensor, _CAST):
-        return None
+        return
     for tail in TAILS:
         if tail.pattern is None:
             normed, tail_nodes, captured = root, [], {}
@@ -123,7 +138,7 @@ def recognise(root: fx.Node) -> RmsNorm | None:
             inner = normalise.pattern.match(normed) if normalise.pattern is not None else None
             if not isinstance(inner, Match):
                 continue
-            return RmsNorm(
+            yield RmsNorm(
                 root=root,
                 nodes=list(dict.fromkeys([*tail_nodes, *inner.nodes])),
                 statistics=list(inner.nodes),
@@ -135,7 +150,7 @@ def recognise(root: fx.Node) -> RmsNorm | None:
                 rounded_to=captured.get("rounded_to"),
                 spelling=f"{tail.name}; {normalise.name}",
             )
-    return None
+            break
 
 
 def _check_kwargs(norm: RmsNorm) -> str | None:
@@ -172,10 +187,9 @@ def _check_statistics(norm: RmsNorm) -> str | None:
 def _check_axis(norm: RmsNorm) -> str | None:
     x = tensor_of(norm.x)
     rank = x.dim() if x is not None else 0
-    if [d % rank for d in norm.dims] != [rank - 1]:
-        return (
-            f"the mean is taken over dims {list(norm.dims)} of a {rank}-D tensor; the fused op normalises the last axis"
-        )
+    dims = range(rank) if norm.dims is None else norm.dims
+    if [d % rank for d in dims] != [rank - 1]:
+        return f"the mean is taken over dims {list(dims)} of a {rank}-D tensor; the fused op normalises the last axis"
     return None
 
 
@@ -192,7 +206,7 @@ def _check_width(norm: RmsNorm) -> str | None:
 def _check_eps(norm: RmsNorm) -> str | None:
     if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)):
         return (
-            f"eps is {norm.eps}, a value of the graph; the fused op takes a Python number. If it is a float that "
+            f"eps is {norm.eps}, not a number; the fused op takes a Python number. If it is a float that "
             "Dynamo made dynamic, torch._dynamo.config.specialize_float = True keeps it constant"
         )
     return None
@@ -242,75 +256,3 @@ GUARDS = (
 def illegal(norm: RmsNorm) -> str | None:
     """Why this norm cannot be part of a fused op, or None."""
     return first_failure(GUARDS, norm)
-
-
-# --- near misses ----------------------------------------------------------------------------------------------------
-
-_ELEMENTWISE = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.add.Scalar, aten.mul.Scalar, _CAST}
-_LOOK_BACK = 8  # elementwise steps between a norm's result and its root; the longest accepted spelling has three
-
-#: Ops that a norm's scale may end in, and what the recogniser asks for instead.
-NEAR_MISSES: dict[Any, str] = {
-    aten.rsqrt.default: "an rsqrt-based norm in a spelling the recogniser does not have",
-    aten.sqrt.default: "the norm divides by a square root (x / sqrt(v)); write x * torch.rsqrt(v)",
-    aten.pow.Tensor_Scalar: "the norm's scale is a power (v ** -0.5); write torch.rsqrt(v)",
-    aten.linalg_vector_norm.default: "the norm is taken with vector_norm; write x * torch.rsqrt(mean + eps)",
-}
-
-
-def near_miss(node: fx.Node) -> str | None:
-    """Why ``node`` looks like the result of an RMSNorm and was not recognised; None when it is something else."""
-    frontier, seen = [node], {node}
-    for _ in range(_LOOK_BACK):
-        following: list[fx.Node] = []
-        for current in frontier:
-            if current.target in NEAR_MISSES and current is not node and _is_row_statistic(current):
-                if _subtracts_mean(current):
-                    return None  # LayerNorm: another fusion, not a misspelt RMSNorm
-                return NEAR_MISSES[current.target] + _detail(current)
-            if current.op == "call_function" and (
-                current.target in _ELEMENTWISE
-                or current.target in (aten.reciprocal.default, aten.clone.default, aten.unsqueeze.default)
-                or is_row_view(current)
-            ):
-                following += [n for n in current.all_input_nodes if n not in seen]
-                seen.update(following)
-        frontier = following
-    return None
-
-
-_REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.var_mean.correction}
-
-
-def _is_row_statistic(node: fx.Node) -> bool:
-    """Is this root taken of a reduction, and so one number per row?"""
-    if node.target is aten.pow.Tensor_Scalar and node.args[1] not in (0.5, -0.5):
-        return False
-    return any(n.target in _REDUCTIONS for n in _ancestors(node, 4))
-
-
-def _ancestors(node: fx.Node, depth: int) -> list[fx.Node]:
-    found, frontier = [node], [node]
-    for _ in range(depth):
-        frontier = [n for f in frontier for n in f.all_input_nodes]
-        found += frontier
-    return found
-
-
-def _subtracts_mean(node: fx.Node) -> bool:
-    return any(
-        n.target in (aten.var_mean.correction, aten.var.correction, aten.sub.Tensor) for n in _ancestors(node, 4)
-    )
-
-
-def _detail(node: fx.Node) -> str:
-    """The step before the root that differs from the accepted spellings, when it can be named."""
-    for ancestor in _ancestors(node, 3):
-        if ancestor.target is aten.sum.dim_IntList:
-            return " (it sums the squares; write mean)"
-        if ancestor.target in (aten.add.Tensor, aten.mean.dim) and ancestor.kwargs:
-            given = ", ".join(f"{k}={v}" for k, v in ancestor.kwargs.items())
-            return f" ({ancestor.target} has {given})"
-        if ancestor.target is aten.mean.dim and len(ancestor.args) < 3:
-            return " (the mean does not keep its dim)"
-    return ""

@@ -33,10 +33,11 @@ from fusionpasses.patterns._graph import (
     same_shape,
     tensor_of,
 )
+from fusionpasses.patterns._near_miss import explain
 from fusionpasses.patterns._pass import FusionPass, Guard, Judgement, Spelling, first_failure
 from fusionpasses.patterns._rms_norm import RmsNorm
 from fusionpasses.patterns._views import ROW_VIEWS, is_row_view, replay, through_row_views
-from fusionpasses.report import FUSED, NOTHING, REFUSED, Site, Where
+from fusionpasses.report import FUSED, REFUSED, Site, Where
 
 aten = torch.ops.aten
 ours = torch.ops.fusionpasses
@@ -214,13 +215,13 @@ class RmsNormMxfp4Quant(FusionPass):
         norm = _rms_norm.recognise(base)
         if norm is None:
             left.status, left.reason = self._unrecognised(base)
-            return Judgement(left, node, None)
+            return Judgement(left, base, None)
         left.where, left.spelling = Where.of(norm.root.meta), norm.spelling
         mode = _scale_mode(node, anchor)
         candidate = self._collect(norm, anchor, mode)
         left.reason = _rms_norm.illegal(norm) or first_failure(GUARDS, candidate) or ""
         if left.reason:
-            return Judgement(left, node, None)
+            return Judgement(left, base, None)
         return self._fuse(candidate)
 
     def _unrecognised(self, base: fx.Node) -> tuple[str, str]:
@@ -232,11 +233,7 @@ class RmsNormMxfp4Quant(FusionPass):
                     "the norm is fused with another quantisation already (another op or scale mode); one fused op has "
                     "one scale mode"
                 )
-        reason = _rms_norm.near_miss(base)
-        if reason is not None:
-            return REFUSED, reason
-        kind = base.op if base.op != "call_function" else str(base.target)
-        return NOTHING, f"the quantised tensor comes from {kind}, not from a norm"
+        return explain(base)
 
     def _collect(self, norm: RmsNorm, anchor: Anchor, scale_mode: str) -> Candidate:
         """All readers of the norm: quants with the same meaning as this one, and everything else."""
@@ -346,12 +343,25 @@ class RmsNormMxfp4Quant(FusionPass):
 def _residual_add(c: Candidate) -> tuple[fx.Node | None, list[str]]:
     """The residual add in front of a norm, if it can be taken in; else notes that say why it was left outside."""
     x = c.norm.x
-    if x.op != "call_function" or x.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in x.args):
+    if not _adds_tensors(x):
+        base = through_row_views(x)[0]
+        if base is x and x.target in _BEFORE_NORM and x.all_input_nodes:
+            base = x.all_input_nodes[0]
+        if base is not x and _adds_tensors(base):
+            return None, [f"the residual add was left outside: {x.target} stands between it and the norm"]
         return None, []
     reason = first_failure(RESIDUAL_GUARDS, x, c)
     if reason is not None:
         return None, [f"the residual add was left outside: {reason}"]
     return x, []
+
+
+#: Steps between an add and a norm that are looked through for the note only.
+_BEFORE_NORM = (torch.ops.prims.convert_element_type.default, aten.permute.default, aten.slice.Tensor)
+
+
+def _adds_tensors(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def _scale_mode(node: fx.Node, anchor: Anchor) -> str:
