@@ -103,9 +103,11 @@ def quantize(x: Tensor, scale_mode: str) -> tuple[Tensor, Tensor]:
     # The reciprocal 2**(127 - byte) as bits; byte <= 253 keeps it a normal number, so the product is exact unless it
     # falls below the normal range, where every value rounds to code 0 anyway.
     reciprocal = _power_of_two(127 - scales)
-    scaled = (blocks * reciprocal.unsqueeze(-1)).abs().contiguous()
-    boundaries = torch.tensor(_ROUNDING_BOUNDARIES, device=x.device)
-    codes = torch.bucketize(scaled, boundaries, right=True, out_int32=True)
+    scaled = (blocks * reciprocal.unsqueeze(-1)).abs()
+    # Compared one by one, because a tensor of boundaries would be copied from the host, which CUDA graphs forbid.
+    codes = torch.zeros_like(scaled, dtype=torch.int32)
+    for boundary in _ROUNDING_BOUNDARIES:
+        codes += scaled >= boundary
     codes = torch.where(torch.signbit(blocks), codes | 8, codes)
     codes = torch.where(finite.unsqueeze(-1), codes, 0).to(torch.uint8)
     low, high = codes.unflatten(-1, (BLOCK // 2, 2)).unbind(-1)
@@ -115,10 +117,11 @@ def quantize(x: Tensor, scale_mode: str) -> tuple[Tensor, Tensor]:
 
 def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
     """float32 values of packed codes ``[..., N/2]`` and scales ``[..., N/32]``; a block with scale 255 is NaN."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=packed.device)
-    values = torch.cat((magnitudes, -magnitudes))
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-    elements = values[codes.int()].unflatten(-1, (-1, BLOCK))
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()
+    exponents, mantissas = (codes >> 1) & 3, codes & 1
+    # 0 and 0.5 have no leading one. From the bits, not from a table: CUDA graphs forbid copying one from the host.
+    magnitudes = torch.where(exponents == 0, mantissas * 0.5, (1 + mantissas * 0.5) * _power_of_two(exponents - 1))
+    elements = torch.where(codes >= 8, -magnitudes, magnitudes).unflatten(-1, (-1, BLOCK))
     # In two factors, because 2**-127 (byte 0) is not a normal float32.
     exponent = scales.int() - 127
     half = exponent >> 1

@@ -1,4 +1,4 @@
-"""The Triton provider: every norm and quant op through the one kernel of ``fusionpasses.kernels.rmsnorm_mxfp4_quant``.
+"""The Triton provider: every norm and quant op through the kernels of ``fusionpasses.kernels``.
 
 Where it stands on the numerics contract of the ops:
 
@@ -18,6 +18,7 @@ captured in a CUDA graph once the kernel is compiled.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionpasses.kernels import rmsnorm_mxfp4_quant as kernels
+from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
+from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
-
-#: In blocks. Rows wider than this no longer fit the registers of one program.
-_WIDEST_TILE = 1024
 
 
 def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
@@ -37,36 +36,29 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
     blocks = scales.numel()
     if blocks == 0:
         return codes, scales
-    total_blocks = None
     row_blocks = scales.shape[-1]
-    x, stride = _single_row_stride(x)
-    if stride == x.shape[-1]:
-        # Without a norm, blocks do not depend on each other: cut the whole tensor into equal pieces, whatever its
-        # width, so that short rows fill a program and long ones do not make a huge one.
-        row_blocks = kernels.CHUNK_BLOCKS
-        stride = row_blocks * _mxfp4.BLOCK
-        total_blocks = blocks
-    elif row_blocks > _WIDEST_TILE:
-        return _dynamic_mxfp4_quant(x.contiguous(), scale_mode)
+    _, warp_size, ptx = _device(x.device)
+    options = quant_kernel.launch_options(blocks, warp_size)
+    tile = options["TILE_BLOCKS"]
+    x, stride = _aligned_rows(x)
+    row_stride: int | None = stride
+    if stride == x.shape[-1] or blocks == row_blocks:
+        row_stride = None
+        row_blocks = blocks
+        grid = (-(-blocks // tile), 1)
+    else:
+        grid = (blocks // row_blocks, -(-row_blocks // tile))
     with _on_device_of(x):
-        kernels.rmsnorm_mxfp4_quant[(-(-blocks // row_blocks),)](
+        quant_kernel.dynamic_mxfp4_quant[grid](
             x,
-            None,
-            None,
             codes,
             scales,
-            None,
-            None,
-            stride,
-            None,
-            total_blocks,
-            0.0,
-            ROW_BLOCKS=row_blocks,
+            row_stride,
+            row_blocks,
+            MASKED=row_blocks % tile != 0,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
-            NORM=False,
-            ROUND_BEFORE_WEIGHT=False,
-            ROUND_RESULT=False,
-            **kernels.launch_options(row_blocks),
+            PTX=ptx,
+            **options,
         )
     return codes, scales
 
@@ -163,14 +155,19 @@ def _launch_norm(
     # A product of two tensors of x's dtype is rounded to it, whatever it is converted to afterwards.
     round_product = round_before_weight and weight is not None and weight.dtype == x.dtype
     round_result = round_product or _rms_norm.result_dtype(x, weight, cast_order, norm_dtype) == x.dtype
-    x, x_stride = _single_row_stride(x)
+    x, x_stride = _aligned_rows(x)
     residual_stride = None
     if residual is not None:
-        residual, residual_stride = _single_row_stride(residual)
+        residual, residual_stride = _aligned_rows(residual)
     if weight is not None:
-        weight = weight.contiguous()
+        weight, _ = _aligned_rows(weight)
+    rows = scales.numel() // row_blocks
+    processors, warp_size, ptx = _device(x.device)
+    adds = residual is not None
+    options, per_processor = norm_kernel.launch_options(row_blocks, x.element_size(), adds, warp_size)
+    programs = min(-(-rows // options["ROWS"]), processors * per_processor)
     with _on_device_of(x):
-        kernels.rmsnorm_mxfp4_quant[(scales.numel() // row_blocks,)](
+        norm_kernel.rmsnorm_mxfp4_quant[(programs,)](
             x,
             residual,
             weight,
@@ -180,15 +177,37 @@ def _launch_norm(
             norm,
             x_stride,
             residual_stride,
-            None,
+            rows,
             eps,
             ROW_BLOCKS=row_blocks,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
-            NORM=True,
             ROUND_BEFORE_WEIGHT=round_before_weight,
             ROUND_RESULT=round_result,
-            **kernels.launch_options(row_blocks),
+            PTX=ptx,
+            **options,
         )
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int, bool]:
+    """Multiprocessors, threads of a warp, and whether the kernels may use PTX of sm_90."""
+    if device.type != "cuda":  # interpreted
+        return 2, 32, False
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    return properties.multi_processor_count, properties.warp_size, nvidia and properties.major >= 9
+
+
+def _aligned_rows(x: Tensor) -> tuple[Tensor, int]:
+    """_single_row_stride, and every row starts at a multiple of 4 bytes: the kernels load 32-bit words.
+
+    From 16 bytes on loads are as wide as they get. Triton sees that for itself.
+    """
+    rows, stride = _single_row_stride(x)
+    if rows.element_size() == 2 and (stride % 2 or rows.data_ptr() % 4):
+        rows = x.clone(memory_format=torch.contiguous_format)
+        stride = x.shape[-1]
+    return rows, stride
 
 
 def _single_row_stride(x: Tensor) -> tuple[Tensor, int]:
