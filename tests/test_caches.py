@@ -634,3 +634,16 @@ def test_cache_artifacts_bring_the_report_along(cold, tmp_path):
     assert (result["fx"], result["aot"], result["hooked"]) == (HIT, HIT, [FROM_CACHE])
     assert line_numbers(result) == line_numbers(first)
     assert result["report"]["graphs"][0]["source"] == FROM_CACHE
+
+
+def test_a_record_made_in_ci_serves_outside():
+    """torch turns a check of custom ops on where the variable CI is set; its caches hit all the same."""
+    import torch._functorch.config
+
+    from fusionpasses.records import _ambient
+
+    texts = []
+    for value in (True, False):
+        with torch._functorch.config.patch(error_on_custom_op_aliasing=value):
+            texts.append(str(_ambient()))
+    assert texts[0] == texts[1]
