@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -381,8 +380,3 @@ def _equal_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.numel() == 0:
         return True
     return torch.equal(x.contiguous().flatten().view(torch.uint8), y.contiguous().flatten().view(torch.uint8))
-
-
-def generated_code(source: str, op: str) -> int:
-    """How often generated code calls one of our ops: for tests that read ``run_and_get_code``'s result."""
-    return len(re.findall(rf"torch\.ops\.fusionpasses\.{re.escape(op)}\.\w+\(", source))
