@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' SYSTEM_SITE='$(SYSTEM_SITE)' TORCH='$(TORCH)' sh tools/environment.sh
 INPUTS := pyproject.toml tools/environment.sh tools/check_tools.sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types codegen codegen-check clean
 
 help:  ## what there is
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
 $(VENV)/.demo: $(INPUTS)
 	@$(SETUP) torch transformers
@@ -35,6 +35,12 @@ lint: $(VENV)/.ready  ## ruff: rules and format
 
 types: $(VENV)/.ready  ## mypy, strict
 	@$(BIN)/python -m mypy
+
+codegen: $(VENV)/.ready  ## compile every kernel for every GPU (none needed), write the table of docs/compatibility.md
+	@PYTHONPATH=. $(BIN)/python -m tools.codegen
+
+codegen-check: $(VENV)/.ready  ## is that table of these sources? compile a pairwise subset
+	@PYTHONPATH=. $(BIN)/python -m tools.codegen --check
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,16 @@
-"""Compiles the kernels for GPUs that need not be there, and says what came out.
+"""Compiles the kernels for GPUs that need not be there, and looks at what came out.
 
-``python -m tools.codegen [--pairwise] [--target T ...] [--output FILE]``: every configuration that the launch
-heuristics can choose, for every target that the installed Triton knows, as a table of register spills, shared memory
-and the widest global load and store. Fails if anything spills, needs more shared memory than any of these devices
-gives a program by default, or loads or stores 16-byte aligned rows in less than 16 bytes (codes: what a thread makes
-at once). ``--pairwise`` compiles a subset in which every two values of (chain, dtype, width, target) still meet.
+``python -m tools.codegen`` compiles every configuration that the launch heuristics can choose, for every target, and
+writes the table in docs/compatibility.md. ``--check`` fails if that table is not of these sources, then compiles a
+subset in which every two values of (target, chain, dtype, width, rows, layout, weight, roundings, scale mode) meet.
+
+"Every configuration": the heuristics are asked, through the provider's adapters, over a grid of widths and rows; each
+(target, chain, dtype, tile) they answer is compiled once, at the widest row it is chosen for. Whether the norm is
+stored and the remaining arguments take turns, so that every two of their values meet (see ``every``).
+
+A configuration is refused if a register spills, shared memory exceeds the device's, an aligned row is loaded in less
+than 16 bytes a thread, codes are stored in less than what one thread makes, a product and a sum were contracted where
+the source does not ask for it, or an instruction that a fast path is there for is missing.
 """
 
 from __future__ import annotations
@@ -13,7 +19,9 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -21,269 +29,383 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
+from collections.abc import Callable
 from typing import Any
 
+from tools.launches import CHAINS, DTYPES, LAYOUTS, TARGETS, Config, Launch, compile_launch, launches
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "compatibility.md"
 
-#: Backend, architecture, threads of a warp.
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx950": ("hip", "gfx950", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
-    "gfx1151": ("hip", "gfx1151", 32),
-    "gfx1201": ("hip", "gfx1201", 32),
-    "gfx1250": ("hip", "gfx1250", 32),
+#: Where `pytest -m gpu` passed last, and with which sources (`python -m tools.codegen --hash`).
+RUNS = {"sm_90": ("55ddad834241", "H200 2026-11-21")}
+
+#: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
+WIDTHS = sorted(
+    {n for p in range(5, 16) for n in (q << p >> 2 for q in (4, 5, 6, 7)) if n % 32 == 0 and n <= 32768}
+    | {2880, 5376, 18432}
+)
+ROWS = (1, 16, 64, 256, 1024, 4096, 16384)
+
+#: Factors of the subset: every two values of two of them meet.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "target": tuple(TARGETS),
+    "chain": tuple(CHAINS),
+    "dtype": tuple(DTYPES),
+    "n": (32, 128, 512, 1024, 2048, 2880, 4096, 7168, 16384, 32768),
+    "rows": (1, 64, 1024, 16384),
+    "layout": tuple(LAYOUTS),
+    "scale_mode": ("even", "floor", "rceil", "ceil"),
+    "weight": ("same", "fp32", "none"),
+    "cast_order": ("cast_scale", "scale_cast"),
+    "norm_dtype": ("default", "same", "fp32"),
 }
+#: Chains that the heuristics have one answer for.
+FUSIONS = (("quant",), ("norm", "norm, stored"), ("add+norm", "add+norm, stored"))
 
-CHAINS = ("quant", "norm", "add+norm", "add+norm, norm stored")
-DTYPES = ("bf16", "fp16", "fp32")
-#: One width for each tile that the heuristics choose, and the widest supported.
-WIDTHS = (128, 512, 1024, 2048, 2880, 4096, 7168, 16384, 32768)
+_OF_A_NORM = ("weight", "cast_order", "norm_dtype")
+_REST = ("layout", "scale_mode", *_OF_A_NORM)
 
-_SHARED_LIMIT = 48 * 1024
+
+# ---- what to compile
+
+
+def _pairs(row: dict[str, Any]) -> set[tuple[Any, Any]]:
+    """Pairs of values that meet in a row; a quant has no weight that anything could meet."""
+    items = [item for item in row.items() if row.get("chain") != "quant" or item[0] not in _OF_A_NORM]
+    return set(itertools.combinations(items, 2))
+
+
+def covering(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Rows in which every two values of two factors meet: each row starts from a pair that has not yet."""
+    every_pair = (
+        {first: a, second: b}
+        for first, second in itertools.combinations(factors, 2)
+        for a, b in itertools.product(factors[first], factors[second])
+    )
+    missing = dict.fromkeys(pair for row in every_pair for pair in sorted(_pairs(row), key=str))
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for factor in factors:
+            if factor not in row:
+                row[factor] = max(
+                    factors[factor],
+                    key=lambda value: sum(pair in missing for pair in _pairs(_ordered(row | {factor: value}, factors))),
+                )
+        row = _ordered(row, factors)
+        for pair in _pairs(row):
+            missing.pop(pair, None)
+        rows.append(row)
+    return rows
+
+
+def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {factor: row[factor] for factor in factors if factor in row}
+
+
+def pairwise() -> list[Config]:
+    return [Config(**row) for row in covering(FACTORS)]
+
+
+def every() -> list[Config]:
+    """Each (target, fusion, dtype, tile) once; chain and remaining arguments take turns over a covering set."""
+    turns = covering({factor: FACTORS[factor] for factor in _REST})
+    configs: list[Config] = []
+    for target, chains, dtype in itertools.product(TARGETS, FUSIONS, DTYPES):
+        widest: dict[Any, dict[str, Config]] = {}
+        for n, rows, chain in itertools.product(WIDTHS, ROWS, chains):
+            config = Config(target, chain, dtype, n, rows)
+            for launch in launches(config):
+                widest.setdefault(launch.tile, {})[chain] = config
+        for tile, by_chain in widest.items():
+            at = len(configs)
+            plain = [*by_chain.values()][(at + at // len(turns)) % len(by_chain)]
+            # A layout may lead to another tile; the plain one leads to this one.
+            others = (dataclasses.replace(plain, **turns[(at + i) % len(turns)]) for i in range(len(turns)))
+            configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
+    return configs
+
+
+# ---- what is claimed of the code
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What to compile. ``n`` is the width of a row; for "quant", that of a row among 1024."""
+class Claim:
+    """An instruction that a fast path is there for."""
 
-    chain: str
-    dtype: str
-    n: int
-    weight: str | None = None  # its dtype
-    norm: str | None = None  # dtype of the stored norm
-    round_before: bool = True
-    round_result: bool = True
-    scale_mode: str = "even"
+    what: str
+    when: Callable[[dict[str, Any]], bool]
+    sass: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.chain} {self.dtype} {self.n}"
+
+def _facts(launch: Launch) -> dict[str, Any]:
+    """Constants of a launch, and dtypes: bf16, fp16, fp32, or "" for a tensor that is not there."""
+    kinds = {key: kind[1:] for key, kind in launch.signature.items() if kind[0] == "*"}
+    dtype = kinds["x_ptr"]
+    rounds = "ROUND_RESULT" in launch.constants and dtype != "fp32"
+    return launch.constants | {
+        "dtype": dtype,
+        "adds": "residual_ptr" in kinds,
+        "rounds": rounds and (launch.constants["ROUND_RESULT"] or launch.constants["ROUND_BEFORE_WEIGHT"]),
+        "multiplies_words": rounds and launch.constants["ROUND_BEFORE_WEIGHT"] and kinds.get("weight_ptr") == dtype,
+    }
+
+
+#: Each is inline PTX of kernels/_mxfp4.py, or what its comments say of NVIDIA.
+CLAIMS = (
+    Claim("codes rounded in pairs", lambda f: f["PTX"], r"F2FP\.F16\.F32\.PACK_AB"),
+    Claim("nibbles picked by byte", lambda f: f["PTX"], r"PRMT"),
+    Claim("maximum that keeps NaN", lambda f: f["PTX"], r"FMNMX3?\.NAN|HMNMX2\S*NAN"),
+    Claim("bf16 rounded in pairs", lambda f: f["PTX"] and f["rounds"] and f["dtype"] == "bf16", r"F2FP\.BF16\S*PACK"),
+    Claim(
+        "bf16 multiplied in pairs",
+        lambda f: f["PTX"] and f["multiplies_words"] and f["dtype"] == "bf16",
+        r"H(MUL2|FMA2)\S*BF16",
+    ),
+    Claim(
+        "fp16 multiplied in pairs",
+        lambda f: f["PTX"] and f["multiplies_words"] and f["dtype"] == "fp16",
+        r"H(MUL|FMA)2",
+    ),
+    Claim("bf16 added in pairs", lambda f: f["PTX"] and f["adds"] and f["dtype"] == "bf16", r"H(ADD2|FMA2)\S*BF16"),
+    Claim("fp16 added in pairs", lambda f: f["PTX"] and f["adds"] and f["dtype"] == "fp16", r"H(ADD|FMA)2"),
+    Claim("loads ahead through shared memory", lambda f: f["PTX"] and f.get("STAGES", 1) > 1, r"LDGSTS|UBLKCP|UTMALDG"),
+)
+
+
+# ---- what came out
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     config: Config
-    target: str
     warps: int = 0
-    spilled: int = 0  # bytes (NVIDIA: of local memory) or registers (AMD)
+    spilled: int = 0  # bytes of local memory (NVIDIA), bytes of scratch and registers (AMD)
     shared: int = 0
-    load: int = 0  # bytes, the widest
-    store: int = 0
+    loads: tuple[int, ...] = ()  # bytes of one thread's accesses to global memory, each size once
+    stores: tuple[int, ...] = ()
+    wanted_load: int = 16
+    wanted_store: int = 16
+    contracted: int = 0
+    missing: tuple[str, ...] = ()
     error: str = ""
 
     @property
     def verdict(self) -> str:
         if self.error:
             return self.error
-        wrong = []
+        limit = TARGETS[self.config.target].shared * 1024
+        wrong = [f"no instruction for: {what}" for what in self.missing]
         if self.spilled:
-            wrong.append("spills")
-        if self.shared > _SHARED_LIMIT:
-            wrong.append("shared memory")
-        if self.load < 16:
-            wrong.append("narrow loads")
-        if self.store < 4:
-            wrong.append("narrow stores")
+            wrong.append(f"spills {self.spilled}")
+        if self.shared > limit:
+            wrong.append(f"shared memory {self.shared} > {limit}")
+        if min(self.loads, default=0) < self.wanted_load:
+            wrong.append(f"loads of {self.loads} bytes")
+        # Scales are single bytes.
+        if min((size for size in self.stores if size > 1), default=0) < self.wanted_store:
+            wrong.append(f"stores of {self.stores} bytes")
+        if self.contracted:
+            wrong.append(f"{self.contracted} contractions")
         return ", ".join(wrong) or "ok"
 
 
-def standard(chain: str, dtype: str, n: int) -> Config:
-    weight = None if chain == "quant" else dtype
-    return Config(chain, dtype, n, weight, dtype if "stored" in chain else None)
-
-
-def compile_config(config: Config, target: str) -> Any:
-    """The kernel as the adapters launch it on aligned rows."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fusionpasses.kernels import dynamic_mxfp4_quant as quant
-    from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm
-    from fusionpasses.ops._mxfp4 import BLOCK, SCALE_ADDEND
-
-    backend, arch, warp_size = TARGETS[target]
-    row_blocks = config.n // BLOCK
-    adds = config.chain.startswith("add")
-    constants: dict[str, Any] = {
-        "SCALE_ADDEND": SCALE_ADDEND[config.scale_mode],
-        "PTX": backend == "cuda" and int(arch) >= 90,
-    }
-    pointer = f"*{config.dtype}"
-    kinds: dict[str, str | None] = {"x_ptr": pointer, "codes_ptr": "*u8", "scales_ptr": "*u8"}
-    if config.chain == "quant":
-        kernel = quant.dynamic_mxfp4_quant
-        options = quant.launch_options(1024 * row_blocks, warp_size)
-        kinds |= {"x_row_stride": None, "row_blocks": "i32"}
-        constants["MASKED"] = True
-    else:
-        kernel = norm.rmsnorm_mxfp4_quant
-        options, _ = norm.launch_options(row_blocks, 4 if config.dtype == "fp32" else 2, adds, warp_size)
-        kinds |= {
-            "residual_ptr": pointer if adds else None,
-            "weight_ptr": f"*{config.weight}" if config.weight else None,
-            "sum_ptr": pointer if adds else None,
-            "norm_ptr": f"*{config.norm}" if config.norm else None,
-            "x_row_stride": "i32",
-            "residual_row_stride": "i32" if adds else None,
-            "rows": "i32",
-            "eps": "fp32",
-        }
-        constants |= {
-            "ROW_BLOCKS": row_blocks,
-            "ROUND_BEFORE_WEIGHT": config.round_before,
-            "ROUND_RESULT": config.round_result,
-        }
-    constants |= {key: options.pop(key) for key in list(options) if key.isupper()}
-    constants |= {key: None for key, kind in kinds.items() if kind is None}
-    signature = dict.fromkeys(constants, "constexpr") | {key: kind for key, kind in kinds.items() if kind}
-    names = list(kernel.arg_names)
-    signature = {key: signature[key] for key in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, key in enumerate(names) if signature[key][0] == "*" or "stride" in key
-    }
-    aligned = {key: value for key, value in aligned.items() if signature[names[key[0]]] != "constexpr"}
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
-
-
-def nvidia_stack_bytes(cubin: bytes) -> int:
-    """Bytes a thread keeps in local memory: what does not fit its registers."""
+def disassembled(cubin: bytes) -> tuple[str, int]:
+    """SASS, and the bytes a thread keeps in local memory: what does not fit its registers."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", text)
     if not sizes:
-        raise RuntimeError(f"cuobjdump gave no resource usage: {usage}")
-    return max(map(int, sizes))
+        raise RuntimeError(f"cuobjdump gave no resource usage: {text[:1000]}")
+    return text, max(map(int, sizes))
 
 
-_PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)")
-_GCN_ACCESS = re.compile(
-    r"\b(?:global|buffer|flat)_(load|store)_(?:d16_hi_|d16_)?(dwordx\d|dword|[bui]\d+|[su](?:byte|short)|byte|short)"
-)
-_GCN_BYTES = {"dword": 4, "byte": 1, "short": 2, "ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2}
+_SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
+_GCN_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\S+)", re.M)
+_GCN_SIZE = re.compile(r"(?:dwordx(\d)|(dword)|b(\d+)|[iu](8|16)|[us]?(byte|short))(?:_d16)?(?:_hi)?$")
 
 
-def accesses(compiled: Any) -> tuple[int, int]:
-    """Bytes of the widest global load and store of a thread."""
-    widest = {"load": 0, "store": 0}
-    if "ptx" in compiled.asm:
-        for what, count, bits in _PTX_ACCESS.findall(compiled.asm["ptx"]):
-            key = "load" if what == "ld" else "store"
-            widest[key] = max(widest[key], int(count or 1) * int(bits) // 8)
+def accesses(code: str, *, sass: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of a thread's global loads and stores, each size once."""
+    sizes: dict[str, set[int]] = {"load": set(), "store": set()}
+    if sass:
+        for what, suffixes in _SASS_ACCESS.findall(code):
+            words = [w.rstrip(";") for w in suffixes.split(".")]
+            size = 1 if {"U8", "S8"} & {*words} else 2 if {"U16", "S16"} & {*words} else 4
+            size = next((int(w) // 8 for w in words if w in ("64", "128", "256")), size)
+            sizes["store" if what == "STG" else "load"].add(size)
     else:
-        for what, kind in _GCN_ACCESS.findall(compiled.asm["amdgcn"]):
-            if kind.startswith("dwordx"):
-                size = 4 * int(kind[6:])
-            elif kind in _GCN_BYTES:
-                size = _GCN_BYTES[kind]
-            else:
-                size = int(kind[1:]) // 8
-            widest[what] = max(widest[what], size)
-    return widest["load"], widest["store"]
+        for what, kind in _GCN_ACCESS.findall(code):
+            found = _GCN_SIZE.search(kind)
+            if not found:
+                raise RuntimeError(f"unknown access {what}_{kind}")
+            words4, one, bits, bits_signed, name = found.groups()
+            named = {"byte": 1, "short": 2, None: 0}[name]
+            sizes[what].add(int(words4 or bool(one)) * 4 + int(bits or bits_signed or 0) // 8 + named)
+    return tuple(sorted(sizes["load"])), tuple(sorted(sizes["store"]))
 
 
-def spilled(compiled: Any) -> int:
-    if "cubin" in compiled.asm:
-        return nvidia_stack_bytes(compiled.asm["cubin"])
-    found = re.findall(r"\.([sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
-    return sum(int(count) for _, count in found)
+def contractions(compiled: Any) -> int:
+    """FMAs of the PTX that LLVM was not asked for. (ptxas is told not to contract by the same option.)"""
+    if compiled.metadata.enable_fp_fusion:
+        return -1
+    if "ptx" not in compiled.asm:
+        return 0
+    asked = sum(int(lanes or 1) for lanes in re.findall(r"call \S+ .*@llvm\.fma\.(?:v(\d))?f32", compiled.asm["llir"]))
+    pairs = len(re.findall(r"\bfma\.rn\.f32x2", compiled.asm["ptx"]))
+    return max(len(re.findall(r"\bfma\.rn\.f32\b", compiled.asm["ptx"])) + 2 * pairs - asked, 0)
 
 
-def examine(config: Config, target: str) -> Result:
+def examine(config: Config) -> Result:
     try:
-        compiled = compile_config(config, target)
+        return _examine(config)
     except Exception as error:
-        return Result(config, target, error=f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}")
-    load, store = accesses(compiled)
-    metadata = compiled.metadata
-    return Result(config, target, metadata.num_warps, spilled(compiled), metadata.shared, load, store)
+        return Result(config, error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:80]}")
 
 
-def every() -> list[tuple[Config, str]]:
-    return [
-        (standard(chain, dtype, n), target)
-        for chain, dtype, n, target in itertools.product(CHAINS, DTYPES, WIDTHS, TARGETS)
-    ]
+def _examine(config: Config) -> Result:
+    (launch,) = launches(config)
+    compiled = compile_launch(launch, config.target)
+    facts = _facts(launch)
+    if "cubin" in compiled.asm:
+        code, spilled = disassembled(compiled.asm["cubin"])
+    else:
+        code = compiled.asm["amdgcn"]
+        counts = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
+        spilled = sum(map(int, counts))
+    loads, stores = accesses(code, sass="cubin" in compiled.asm)
+    return Result(
+        config,
+        warps=compiled.metadata.num_warps,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        loads=loads,
+        stores=stores,
+        wanted_load=16 if launch.aligned else 4,
+        wanted_store=min(4 * facts["PIECES"], 16),
+        contracted=contractions(compiled),
+        missing=tuple(claim.what for claim in CLAIMS if claim.when(facts) and not re.search(claim.sass, code)),
+    )
 
 
-def pairwise() -> list[tuple[Config, str]]:
-    """A subset of every() in which each two values of chain, dtype, width and target occur together."""
-    factors = (CHAINS, DTYPES, WIDTHS, tuple(TARGETS))
-    rows = list(itertools.product(*factors))
-    pairs_of = lambda row: set(itertools.combinations(enumerate(row), 2))  # noqa: E731
-    missing = set().union(*map(pairs_of, rows))
-    chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs_of(row) & missing))
-        missing -= pairs_of(best)
-        chosen.append((standard(*best[:3]), best[3]))
-    return chosen
+# ---- the table
 
 
 def source_hash() -> str:
-    """Of everything that decides the generated code."""
+    """Of what decides the generated code: kernels, heuristics and adapters, without comments and docstrings."""
+    package = ROOT / "fusionpasses"
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "fusionpasses" / "kernels").glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in (*sorted((package / "kernels").glob("*.py")), package / "providers" / "triton.py"):
+        statement = True  # a string that begins a statement says something, but does nothing
+        for token in tokenize.tokenize(io.BytesIO(path.read_bytes()).readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
+                continue
+            if not (statement and token.type == tokenize.STRING):
+                layout = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+                digest.update((tokenize.tok_name[token.type] if layout else token.string).encode() + b"\0")
+            statement = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     return digest.hexdigest()[:12]
 
 
-def table(results: list[Result]) -> str:
-    import triton
+_MARKS = ("<!-- codegen -->\n", "<!-- end of codegen -->\n")
 
+
+def stale(document: str, now: str) -> str:
+    """Why the table in the document is not of these sources, or nothing."""
+    found = re.search(r"Sources `(\w+)`", document.partition(_MARKS[0])[2])
+    if found and found[1] == now:
+        return ""
+    was = f"of sources {found[1]}" if found else "missing"
+    return (
+        f"docs/compatibility.md: the table of compiled code is {was}, the sources are {now}; run `make codegen` "
+        "(compiles everything, no GPU needed), look at what changed, and commit the file"
+    )
+
+
+def table(results: list[Result], now: str, triton_version: str) -> str:
     lines = [
-        f"Kernels `{source_hash()}`, Triton {triton.__version__}. Compiled without a GPU, not run. Widths in bytes of",
-        "one thread's access; spills in bytes of local memory (NVIDIA) or registers (AMD).",
+        f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, the heuristics asked at {len(WIDTHS)} "
+        f"widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
         "",
-        "| target | chain | dtype | N | warps | spills | shared | widest load | widest store | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| target | " + " | ".join(CHAINS) + " | how checked |",
+        "|---" * (len(CHAINS) + 2) + "|",
     ]
-    order = {target: i for i, target in enumerate(TARGETS)}
-    for r in sorted(results, key=lambda r: (order[r.target], CHAINS.index(r.config.chain), r.config.dtype, r.config.n)):
-        c = r.config
-        numbers = "| | | | | " if r.error else f"| {r.warps} | {r.spilled} | {r.shared} | {r.load} | {r.store} "
-        lines.append(f"| {r.target} | {c.chain} | {c.dtype} | {c.n} {numbers}| {r.verdict} |")
+    for target in TARGETS:
+        cells = []
+        for chain in CHAINS:
+            here = [r for r in results if (r.config.target, r.config.chain) == (target, chain)]
+            bad = sum(r.verdict != "ok" for r in here)
+            cells.append((f"{len(here)} compiled" + (f", {bad} refused" if bad else "")) if here else "not checked")
+        run_with, where = RUNS.get(target, ("", ""))
+        changed = "" if run_with == now else ", before the sources changed"
+        how = f"compiled; run on {where}{changed}" if where else "compiled, not run"
+        lines.append(f"| {target} | {' | '.join(cells)} | {how} |")
+    bad = [r for r in results if r.verdict != "ok"]
+    if bad:
+        lines += ["", "Refused:", ""]
+        lines += [f"* {r.config}: {r.verdict}" for r in sorted(bad, key=lambda r: str(r.config))[:12]]
+        lines += [f"* and {len(bad) - 12} more"] if len(bad) > 12 else []
     return "\n".join(lines) + "\n"
+
+
+def replaced(document: str, text: str) -> str:
+    before, mark, after = document.partition(_MARKS[0])
+    _, end, after = after.partition(_MARKS[1])
+    if not end:
+        raise ValueError(
+            f"docs/compatibility.md has no place for the table: want a line {_MARKS[0]!r} and {_MARKS[1]!r}"
+        )
+    return before + mark + text + end + after
+
+
+def compile_all(configs: list[Config], jobs: int) -> list[Result]:
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # what is looked at is what this Triton makes now
+        with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+            # Wide rows take longest: first.
+            work = sorted(configs, key=lambda config: -config.n)
+            for done, future in enumerate(concurrent.futures.as_completed(pool.submit(examine, c) for c in work), 1):
+                result = future.result()
+                results.append(result)
+                if result.verdict != "ok" or done % 50 == 0:
+                    print(f"[{done}/{len(configs)}] {result.config}: {result.verdict}", flush=True)
+    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairwise", action="store_true", help="a subset that still has every pair of values")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only these")
-    parser.add_argument("--output", type=pathlib.Path, help="replace the part after the table's mark in this file")
+    parser.add_argument("--check", action="store_true", help="table up to date? then only a pairwise subset")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only these; the table is not written")
+    parser.add_argument("--json", type=pathlib.Path, help="write every result here")
+    parser.add_argument("--hash", action="store_true", help="print the hash of the sources and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    work = [(c, t) for c, t in (pairwise() if args.pairwise else every()) if not args.target or t in args.target]
+    now = source_hash()
+    if args.hash:
+        print(now)
+        return 0
+    if args.check and (why := stale(DOCUMENT.read_text(), now)):
+        print(why, file=sys.stderr)
+        return 1
+    import triton
+
     start = time.perf_counter()
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # what is looked at is what this Triton makes now
-        with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(examine, config, target) for config, target in work]
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                result = future.result()
-                results.append(result)
-                if result.verdict != "ok" or done % 20 == 0:
-                    print(f"[{done}/{len(work)}] {result.target} {result.config.name}: {result.verdict}", flush=True)
-    text = table(results)
-    if args.output:
-        mark = "<!-- codegen -->\n"
-        before = args.output.read_text().partition(mark)[0]
-        args.output.write_text(before + mark + text)
-    else:
-        print(text)
+    configs = [c for c in (pairwise() if args.check else every()) if not args.target or c.target in args.target]
+    results = compile_all(configs, args.jobs)
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(r) | {"verdict": r.verdict} for r in results], indent=1))
+    if not args.check and not args.target:
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), table(results, now, triton.__version__)))
     bad = [r for r in results if r.verdict != "ok"]
-    print(f"{len(results)} compiled, {len(bad)} not ok, {time.perf_counter() - start:.0f} s")
+    print(f"{len(results)} compiled, {len(bad)} refused, {time.perf_counter() - start:.0f} s")
     return bool(bad)
 
 
