@@ -168,6 +168,14 @@ def test_every_access_of_a_thread_is_seen():
         codegen.accesses("\tglobal_load_octet v1\n", sass=False)
 
 
+def test_spills_are_read_from_the_code_object():
+    counts = ".sgpr_spill_count: 2\n.vgpr_spill_count: 3\n.private_segment_fixed_size: 20\n"
+    assert codegen.gcn_spilled(counts) == 28
+    assert codegen.gcn_spilled(counts.replace("20", "0")) == 20
+    with pytest.raises(RuntimeError, match="names 1 of 3"):
+        codegen.gcn_spilled(".sgpr_spill_count: 2\n")
+
+
 def test_pairwise_configurations_cover_every_pair():
     chosen = codegen.pairwise()
     assert len(chosen) < 120

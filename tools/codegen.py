@@ -182,7 +182,7 @@ CLAIMS = (
 class Result:
     config: Config
     warps: int = 0
-    spilled: int = 0  # bytes of local memory (NVIDIA), bytes of scratch and registers (AMD)
+    spilled: int = 0  # bytes
     shared: int = 0
     loads: tuple[int, ...] = ()  # bytes of one thread's accesses to global memory, each size once
     stores: tuple[int, ...] = ()
@@ -225,6 +225,15 @@ def disassembled(cubin: bytes) -> tuple[str, int]:
     if not sizes:
         raise RuntimeError(f"cuobjdump gave no resource usage: {text[:1000]}")
     return text, max(map(int, sizes))
+
+
+def gcn_spilled(code: str) -> int:
+    """Bytes a thread keeps in scratch, or a wave in lanes of its vector registers, for want of registers."""
+    found = re.findall(r"\.(sgpr_spill_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
+    if len(found) != 3:
+        raise RuntimeError(f"the code object names {len(found)} of 3 counts of spills")
+    count = {name: int(number) for name, number in found}
+    return 4 * count["sgpr_spill_count"] + max(4 * count["vgpr_spill_count"], count["private_segment_fixed_size"])
 
 
 _SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
@@ -278,8 +287,7 @@ def _examine(config: Config) -> Result:
         code, spilled = disassembled(compiled.asm["cubin"])
     else:
         code = compiled.asm["amdgcn"]
-        counts = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
-        spilled = sum(map(int, counts))
+        spilled = gcn_spilled(code)
     loads, stores = accesses(code, sass="cubin" in compiled.asm)
     return Result(
         config,
@@ -331,8 +339,8 @@ def stale(document: str, now: str) -> str:
 
 def table(results: list[Result], now: str, triton_version: str) -> str:
     lines = [
-        f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, the heuristics asked at {len(WIDTHS)} "
-        f"widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
+        f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, the heuristics asked at",
+        f"{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
         "",
         "| target | " + " | ".join(CHAINS) + " | how checked |",
         "|---" * (len(CHAINS) + 2) + "|",

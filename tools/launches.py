@@ -96,9 +96,8 @@ class Launch:
     @property
     def aligned(self) -> bool:
         """All rows of all tensors start at multiples of 16 bytes."""
-        may_be_odd = ("rows", "row_blocks")
-        numbers = [k for k, kind in self.signature.items() if kind[0] == "*" or kind in ("i32", "i64")]
-        return all(name in self.divisible or name in may_be_odd for name in numbers)
+        decide = [k for k, kind in self.signature.items() if kind[0] == "*" or ("stride" in k and kind != "constexpr")]
+        return all(name in self.divisible for name in decide)
 
     @property
     def tile(self) -> tuple[Any, ...]:
