@@ -1,12 +1,14 @@
 """Declares a custom op once: schema, reference, fake, samples; dispatches calls to a provider.
 
 ``torch.library.Library`` is used rather than the ``custom_op`` decorator, which costs several microseconds more on
-every call.
+every call. A call that equals an earlier one skips the check, the choice of a provider and its heuristics:
+``providers/_launch.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from fusionpasses import providers
 from fusionpasses.errors import UnsupportedInput
+from fusionpasses.providers import _launch
 
 NAMESPACE = "fusionpasses"
 
@@ -90,7 +93,9 @@ def declare(
         op.check(*args, **kwargs)
         return op.fake(*args, **kwargs)
 
-    def refuse_gradients(*args: Any, **kwargs: Any) -> Any:
+    replayed = _launch.replayed(run)
+
+    def refuse_gradients(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for position, value in enumerate((*args, *kwargs.values())):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
@@ -99,11 +104,24 @@ def declare(
                         "is on; allowed: inputs that do not require grad. Call it under torch.no_grad() or "
                         "torch.inference_mode(), or pass x.detach()"
                     )
+        if _nothing_else_handles(keyset.raw_repr()):
+            return replayed(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload(*args, **kwargs)
 
-    _library.impl(qualified, run, "CompositeExplicitAutograd")
-    _library.impl(qualified, refuse_gradients, "Autograd")
+    _library.impl(qualified, replayed, "CompositeExplicitAutograd")
+    _library.impl(qualified, refuse_gradients, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", run_fake, lib=_library)
     OPS[name] = op
     return op
+
+
+@functools.cache
+def _nothing_else_handles(keyset: int) -> bool:
+    """After autograd, does a call with these dispatch keys go straight to the kernel of a CPU or a GPU?
+
+    Then it need not go through the dispatcher a second time, which takes 7 us. Modes, tensor subclasses,
+    functionalisation and lazy negation have keys in between.
+    """
+    rest = torch._C.DispatchKeySet.from_raw_repr(keyset) & torch._C._after_autograd_keyset
+    return rest.highestPriorityTypeId() in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)

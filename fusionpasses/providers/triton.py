@@ -29,6 +29,7 @@ from torch import Tensor
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
+from fusionpasses.providers import _launch
 
 
 def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
@@ -49,7 +50,9 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
     else:
         grid = (blocks // row_blocks, -(-row_blocks // tile))
     with _on_device_of(x):
-        quant_kernel.dynamic_mxfp4_quant[grid](
+        _launch.launch(
+            quant_kernel.dynamic_mxfp4_quant,
+            grid,
             x,
             codes,
             scales,
@@ -167,7 +170,9 @@ def _launch_norm(
     options, per_processor = norm_kernel.launch_options(row_blocks, x.element_size(), adds, warp_size)
     programs = min(-(-rows // options["ROWS"]), processors * per_processor)
     with _on_device_of(x):
-        norm_kernel.rmsnorm_mxfp4_quant[(programs,)](
+        _launch.launch(
+            norm_kernel.rmsnorm_mxfp4_quant,
+            (programs,),
             x,
             residual,
             weight,

@@ -1,0 +1,206 @@
+"""Launches that are replayed: what the host does for a call it has seen before.
+
+A call of an op checks its arguments, chooses tiles and lets Triton look up a kernel: 70 us of Python, several times
+what the launch itself takes. All of it depends on the arguments' metadata only, so a call is done in full once and
+leaves a plan: which compiled kernel, which grid, which argument goes where, which outputs. An equal call allocates
+the outputs and launches.
+
+Two calls are equal if their tensors agree in dtype, device, shape, strides and address modulo 16, and all other
+arguments agree in value. Triton specialises a kernel by nothing else on NVIDIA GPUs, and the providers look at nothing
+else. For AMD's, Triton also looks at the size of the storage; there every call is done in full.
+
+A plan is per number of rows. Rows that vary from step to step cost one full call for each new number and op, not one
+for each layer, because layers make equal calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Plans kept for an op; when there are more, all are dropped. One takes about 2 KB on the host and nothing on the GPU.
+MAX_PLANS = 1024
+
+#: Kernels are specialised for pointers that are multiples of this.
+_ALIGNMENT = 16
+
+
+class _Launch(NamedTuple):
+    kernel: Any
+    compiled: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class _Recording(threading.local):
+    launches: list[_Launch] | None = None
+
+
+_recording = _Recording()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """``kernel[grid](*args, **constants)``, and a promise: an equal call of the op may be replayed as this launch.
+
+    That is, the adapter has allocated its outputs and does nothing else, except to copy an input that it launches the
+    copy of; such a call is not replayed.
+    """
+    compiled = kernel[grid](*args, **constants)
+    if _recording.launches is not None:
+        _recording.launches.append(_Launch(kernel, compiled, grid, args, constants))
+
+
+def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, which launches kernels through ``launch``, replayed where it can be."""
+    plans: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]] = {}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values()) if kwargs else args
+        key = call_key(values, kwargs)
+        plan = plans.get(key)
+        if plan is not None:
+            outputs = plan(values)
+            if outputs is not None:
+                return outputs
+        launches: list[_Launch] = []
+        outer, _recording.launches = _recording.launches, launches
+        try:
+            outputs = call(*args, **kwargs)
+        finally:
+            _recording.launches = outer
+        if len(launches) == 1:
+            plan = _plan(launches[0], values, outputs)
+            if plan is not None:
+                if len(plans) >= MAX_PLANS:
+                    plans.clear()
+                plans[key] = plan
+        return outputs
+
+    run.plans = plans  # type: ignore[attr-defined]
+    return run
+
+
+def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for calls that are the same but for their data; ``names`` are those of the last values.
+
+    Holds no tensor. An argument left out is not equal to its default given, which costs a plan and no more.
+    """
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            key += value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % _ALIGNMENT
+        elif isinstance(value, float):
+            key.append(value or repr(value))  # 0.0 == -0.0
+        else:
+            key.append(value)
+    return (*key, *names)
+
+
+def _plan(
+    launched: _Launch, values: tuple[Any, ...], outputs: Any
+) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None] | None:
+    """The plan of a call that made this launch, or None if replaying that would not be the same."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction
+
+    kernel, compiled, grid, args, constants = launched
+    inputs = [value for value in values if isinstance(value, Tensor)]
+    device = inputs[0].device
+    if (
+        torch.version.hip is not None
+        or not isinstance(kernel, JITFunction)
+        or not isinstance(compiled, CompiledKernel)  # interpreted, or still compiling
+        or not isinstance(outputs, tuple)
+        # Which of the two would a later call mean?
+        or len(set(map(id, inputs))) < len(inputs)
+        or not all(_is_fresh(output, device, inputs) for output in outputs)
+    ):
+        return None
+    bound = kernel.signature.bind(*args, **{name: constants[name] for name in constants if name in kernel.arg_names})
+    bound.apply_defaults()
+    pool: list[Any] = [*values, *outputs]
+    places = {id(tensor): place for place, tensor in enumerate(pool) if isinstance(tensor, Tensor)}
+    others: list[Any] = []
+    order = []
+    for value in bound.arguments.values():
+        if not isinstance(value, Tensor):
+            order.append(len(pool) + len(others))
+            others.append(value)
+        elif id(value) in places:
+            order.append(places[id(value)])
+        else:
+            return None
+    return _replay(
+        kernel,
+        compiled,
+        (*grid, 1, 1)[:3],
+        operator.itemgetter(*order),
+        tuple(others),
+        device,
+        tuple((tuple(output.shape), output.stride(), output.dtype) for output in outputs),
+    )
+
+
+def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
+    """A contiguous tensor with a storage of its own, so that one made anew is the same."""
+    return (
+        isinstance(output, Tensor)
+        and output.device == device
+        and output.is_contiguous()
+        and output.untyped_storage().nbytes() == output.numel() * output.element_size()
+        and output.data_ptr() % _ALIGNMENT == 0
+        and all(output is not tensor for tensor in inputs)
+    )
+
+
+def _replay(
+    kernel: Any,
+    compiled: Any,
+    grid: tuple[int, ...],
+    in_order: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+    others: tuple[Any, ...],
+    device: torch.device,
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...],
+) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]:
+    from triton import knobs
+
+    runtime, compilation = knobs.runtime, knobs.compilation
+    debug, instrumentation = runtime.debug, compilation.instrumentation_mode
+    empty = _allocator(device)
+    index = device.index
+    current_device = torch.cuda.current_device
+
+    def replay(values: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        if index is not None and current_device() != index:
+            # Both the allocator and Triton mean the current device.
+            with torch.cuda.device(index):
+                return replay(values)
+        if (
+            runtime.debug != debug
+            or compilation.instrumentation_mode != instrumentation
+            or kernel.pre_run_hooks  # of a profiler or a test; they want Triton's own launch
+        ):
+            return None
+        made = tuple([empty(*output) for output in outputs])
+        # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
+        compiled[grid](*in_order((*values, *made, *others)))
+        return made
+
+    return replay
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """``empty(shape, strides, dtype)`` on the current device of this type."""
+    # The one that code generated by Inductor calls, a third of the time of torch.empty_strided.
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if fast is not None:
+        return fast  # type: ignore[no-any-return]
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
