@@ -116,12 +116,14 @@ def test_the_table_is_stale_once_the_code_changes():
         codegen.replaced("no marks", "")
 
 
+@needs_triton
 def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "fusionpasses", tmp_path / "fusionpasses", ignore=shutil.ignore_patterns("__pycache__"))
+    kernels = pathlib.Path("fusionpasses", "kernels")
+    shutil.copytree(ROOT / kernels, tmp_path / kernels, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(codegen, "ROOT", tmp_path)
     before = codegen.source_hash()
-    for name in ("kernels/dynamic_mxfp4_quant.py", "kernels/_mxfp4.py", "providers/triton.py"):
-        file = tmp_path / "fusionpasses" / name
+    for name in ("dynamic_mxfp4_quant.py", "rmsnorm_mxfp4_quant.py", "_mxfp4.py"):
+        file = tmp_path / "fusionpasses" / "kernels" / name
         source = file.read_text()
         file.write_text(source.replace('"""', '"""Another word. ', 1) + "\n# a comment\n")
         assert codegen.source_hash() == before
@@ -129,8 +131,13 @@ def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch):
         assert codegen.source_hash() != before
         file.write_text(source)
     assert codegen.source_hash() == before
+    # What the adapters launch decides as well.
+    real = codegen.launches
+    monkeypatch.setattr(codegen, "launches", lambda config: real(dataclasses.replace(config, scale_mode="ceil")))
+    assert codegen.source_hash() != before
 
 
+@needs_triton
 def test_a_check_of_a_stale_table_fails_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
     document = tmp_path / "compatibility.md"
     document.write_text("<!-- codegen -->\nSources `0123456789ab`\n<!-- end of codegen -->\n")
@@ -202,6 +209,9 @@ def test_what_is_compiled_is_what_the_provider_launches():
     (other,) = launches.launches(dataclasses.replace(CONFIG, target="gfx950"))
     assert not other.constants["PTX"]
     assert other.tile != aligned.tile
+    assert "x_ptr" in other.small
+    (large,) = launches.launches(dataclasses.replace(CONFIG, target="gfx950", rows=1 << 20))
+    assert "x_ptr" not in large.small
 
 
 @needs_triton

@@ -91,6 +91,7 @@ class Launch:
     signature: dict[str, str]
     constants: dict[str, Any]
     divisible: tuple[str, ...]  # pointers and integers that are multiples of 16
+    small: tuple[str, ...]  # pointers into less than 2 GiB: on AMD, Triton then uses buffer loads and stores
     options: dict[str, Any]
 
     @property
@@ -108,7 +109,7 @@ class Launch:
     @property
     def key(self) -> str:
         """Equal for launches of the same compiled code."""
-        parts = (self.signature, self.constants, self.divisible, self.options)
+        parts = (self.signature, self.constants, self.divisible, self.small, self.options)
         return f"{self.kernel.__name__} {parts}"
 
 
@@ -162,7 +163,7 @@ def _pretended(provider: types.ModuleType, target: Target) -> Iterator[list[Laun
 
 
 class _Recorder:
-    """Stands for a kernel and keeps its launches, specialised as Triton does: None, one, multiples of 16."""
+    """Stands for a kernel and keeps its launches, specialised as Triton does: None, one, multiples of 16, 2 GiB."""
 
     def __init__(self, kernel: Any, recorded: list[Launch]) -> None:
         self.kernel = kernel
@@ -178,7 +179,7 @@ class _Recorder:
         given.apply_defaults()
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
-        divisible = []
+        divisible, small = [], []
         for name, value in given.arguments.items():
             specialized = not params[name].do_not_specialize
             if params[name].is_constexpr or value is None or (type(value) is int and value == 1 and specialized):
@@ -189,13 +190,15 @@ class _Recorder:
                 signature[name] = kinds[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     divisible.append(name)
+                if value.untyped_storage().nbytes() < 2**31:
+                    small.append(name)
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if specialized and value % 16 == 0:
                     divisible.append(name)
-        self.recorded.append(Launch(self.kernel, signature, constants, tuple(divisible), options))
+        self.recorded.append(Launch(self.kernel, signature, constants, tuple(divisible), tuple(small), options))
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
@@ -204,8 +207,13 @@ def compile_launch(launch: Launch, target: str) -> Any:
     from triton.compiler import ASTSource
 
     names = list(launch.kernel.arg_names)
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, aligned)
     there = TARGETS[target]
+    attributes = {
+        (i,): [["tt.divisibility", 16]] * (name in launch.divisible)
+        + [["tt.pointer_range", 32]] * (name in launch.small and there.backend == "hip")
+        for i, name in enumerate(names)
+    }
+    attributes = {where: what for where, what in attributes.items() if what}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
     gpu = GPUTarget(there.backend, there.arch, there.warp_size)
     return triton.compile(source, target=gpu, options=dict(launch.options))
