@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' SYSTEM_SITE='$(SYSTEM_SITE)' TORCH='$(TORCH)' sh tools/environment.sh
 INPUTS := pyproject.toml tools/environment.sh tools/check_tools.sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types codegen codegen-check clean
+.PHONY: help demo test lint types codegen codegen-check bench clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ codegen: $(VENV)/.ready  ## compile every kernel for every GPU (none needed), wr
 
 codegen-check: $(VENV)/.ready  ## is that table of these sources? compile a pairwise subset
 	@PYTHONPATH=. $(BIN)/python -m tools.codegen --check
+
+bench: $(VENV)/.ready  ## on a GPU: the ops beside a copy, eager, Inductor and peers; JSON and a picture in bench-output/
+	@PYTHONPATH=. $(BIN)/python -m fusionpasses bench --output bench-output $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,67 @@
+"""How a time is taken, on a GPU, and the time of a copy of as many bytes.
+
+A time is one call's share of a CUDA graph that makes the same call on many sets of buffers, together larger than the
+L2 cache, the median of several replays; the cache is overwritten before each replay. The yardstick is a Triton copy
+kernel, the fastest of five tilings, that reads half of the bytes and writes the other half.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU to date
+TILINGS = ((512, 4), (1024, 4), (1024, 8), (2048, 4), (4096, 8))  # elements, warps
+
+
+def sets_for(moved: int) -> int:
+    """Sets of buffers for a call that moves so many bytes: 200 MB together, at least 4 and at most 128."""
+    return max(4, min(128, 200_000_000 // moved + 1))
+
+
+def replay_time(calls: Sequence[Callable[[], Any]], replays: int = 5) -> float:
+    """Microseconds of one call."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]  # or the next call would get its outputs' memory
+    times = []
+    for replay in range(replays + 1):
+        _flush_buffer().zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay:  # the first one uploads the graph
+            times.append(start.elapsed_time(end) * 1000 / len(calls))
+    del kept
+    return float(statistics.median(times))
+
+
+@functools.cache
+def copy_time(moved: int) -> float:
+    """Microseconds of a copy that reads ``moved / 2`` bytes and writes as many."""
+    import triton
+
+    from fusionpasses.bench.copy_kernel import copy_kernel
+
+    words = max(moved // 8, 1)
+    make = functools.partial(torch.empty, words, dtype=torch.int32, device="cuda")
+    pairs = [(make().random_(), make()) for _ in range(sets_for(moved))]
+
+    def call(source: Tensor, target: Tensor, tile: int, warps: int) -> Callable[[], Any]:
+        return lambda: copy_kernel[(triton.cdiv(words, tile),)](source, target, words, TILE=tile, num_warps=warps)
+
+    return min(replay_time([call(s, t, *tiling) for s, t in pairs]) for tiling in TILINGS)
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
