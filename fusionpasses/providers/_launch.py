@@ -92,15 +92,16 @@ def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ..
 
     Holds no tensor. An argument left out is not equal to its default given, which costs a plan and no more.
     """
-    key: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            key += value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % _ALIGNMENT
-        elif isinstance(value, float):
-            key.append(value or repr(value))  # 0.0 == -0.0
-        else:
-            key.append(value)
-    return (*key, *names)
+    # One expression, because this is what a replayed call mostly does.
+    return (
+        *[
+            (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % _ALIGNMENT)
+            if isinstance(value, Tensor)
+            else value or (type(value), repr(value))  # 0.0 == -0.0
+            for value in values
+        ],
+        *names,
+    )
 
 
 def _plan(
@@ -123,13 +124,15 @@ def _plan(
         or not all(_is_fresh(output, device, inputs) for output in outputs)
     ):
         return None
-    bound = kernel.signature.bind(*args, **{name: constants[name] for name in constants if name in kernel.arg_names})
-    bound.apply_defaults()
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    if not all(name in bound for name in kernel.arg_names):  # a default of the kernel
+        return None
     pool: list[Any] = [*values, *outputs]
     places = {id(tensor): place for place, tensor in enumerate(pool) if isinstance(tensor, Tensor)}
     others: list[Any] = []
     order = []
-    for value in bound.arguments.values():
+    for name in kernel.arg_names:
+        value = bound[name]
         if not isinstance(value, Tensor):
             order.append(len(pool) + len(others))
             others.append(value)

@@ -1,0 +1,170 @@
+"""Host time of a call of each op beside a bare Triton launch of the same kernel, in microseconds.
+
+``python -m benchmarks.host_cost [--rows R] [--width N] [--limit US] [--json FILE]``, on a GPU; half a minute.
+
+- bare: ``kernel[grid](...)`` with the arguments that the op launches it with, outputs already allocated.
+- eager: the op, called from Python, under torch.no_grad().
+- compiled: the op, called from what torch.compile generates in its default mode. One call's share is the difference
+  of two graphs, of which one has twice as many calls, so that guards and the call of the graph drop out.
+- new rows: the op, called eagerly with a number of rows that it has not seen; the kernel is compiled.
+
+A sample is the CPU time of some calls in a row, after the GPU was waited for and without waiting for it again: fewer
+than fill the queue, of tensors so small that the GPU keeps up. Shown is the median of samples, and in brackets what is
+above the bare launch. The exit status says whether eager and compiled are within the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch._inductor.utils import run_and_get_code
+
+from fusionpasses.ops import OPS
+from fusionpasses.providers import _launch
+from fusionpasses.providers.triton import ADAPTERS
+
+CALLS = 16
+SAMPLES = 60
+
+Call = Callable[[], Any]
+
+
+def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "norm" not in name:
+        return (x,), {"scale_mode": "even"}
+    tensors = (x, x.clone()) if "add" in name else (x,)
+    return (*tensors, weight, 1e-6), {"cast_order": "cast_scale"}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def samples_of(*calls: Call, device: str) -> list[tuple[float, ...]]:
+    """Microseconds of each call, taken in turn, so that what slows the host for a while slows all of them."""
+    samples = []
+    for _ in range(SAMPLES):
+        sample = []
+        for call in calls:
+            synchronize(device)
+            start = time.perf_counter_ns()
+            call()
+            sample.append((time.perf_counter_ns() - start) / 1000)
+        samples.append(tuple(sample))
+    synchronize(device)
+    return samples[SAMPLES // 10 :]  # the first ones warm up
+
+
+def time_of(call: Call, device: str) -> float:
+    """Median microseconds of a call that is one of many in a row."""
+
+    def row() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return statistics.median(sample for (sample,) in samples_of(row, device=device)) / CALLS
+
+
+def bare_launch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The launch that the adapter makes, and nothing else; keeps the outputs."""
+    launches: list[Call] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *values: Any, **constants: Any) -> None:
+        launches.append(lambda: kernel[grid](*values, **constants))
+
+    with mock.patch.object(_launch, "launch", record):
+        ADAPTERS[name](*args, **kwargs)
+    (launch,) = launches
+    return launch
+
+
+def compiled_share(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> float:
+    """Median microseconds of a call in compiled code."""
+    overload = OPS[name].overload
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    rest = args[len(tensors) :]
+    torch._dynamo.reset()
+    small, large = (_compiled(overload, count, tensors, rest, kwargs) for count in (CALLS, 2 * CALLS))
+    samples = samples_of(lambda: small(*tensors), lambda: large(*tensors), device=device)
+    return statistics.median(two - one for one, two in samples) / CALLS
+
+
+def _compiled(overload: Any, count: int, tensors: list[torch.Tensor], rest: Any, kwargs: dict[str, Any]) -> Any:
+    def graph(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [overload(*tensors, *rest, provider="triton", **kwargs)[0] for _ in range(count)]
+
+    compiled = torch.compile(graph, fullgraph=True)
+    _, sources = run_and_get_code(compiled, *tensors)
+    called = sum(source.count(f" = torch.ops.{overload}(") for source in sources)
+    if called != count:
+        raise RuntimeError(f"{overload}: the compiled graph has {called} calls, not {count}")
+    return compiled
+
+
+def new_rows(name: str, width: int, weight: torch.Tensor, device: str) -> float:
+    """Median microseconds of single calls, each with another number of rows."""
+    overload = OPS[name].overload
+    most = torch.zeros(256, width, device=device, dtype=torch.bfloat16)
+    every = [arguments(name, most[:rows], weight) for rows in range(100, 256)]
+    times = []
+    for args, kwargs in every:
+        synchronize(device)
+        start = time.perf_counter_ns()
+        overload(*args, **kwargs)
+        times.append((time.perf_counter_ns() - start) / 1000)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def measure(name: str, rows: int, width: int, device: str = "cuda") -> dict[str, Any]:
+    x = torch.randn(rows, width, device=device).bfloat16()
+    weight = torch.randn(width, device=device).bfloat16()
+    args, kwargs = arguments(name, x, weight)
+    overload = OPS[name].overload
+    return {
+        "op": name,
+        "bare": time_of(bare_launch(name, args, kwargs), device),
+        "eager": time_of(lambda: overload(*args, **kwargs), device),
+        "compiled": compiled_share(name, args, kwargs, device),
+        "new rows": new_rows(name, width, weight, device),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--limit", type=float, default=10.0, help="microseconds above a bare launch (default 10)")
+    parser.add_argument("--json", help="write the numbers to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a GPU")
+    gc.disable()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
+    columns = ("eager", "compiled", "new rows")
+    print(f"{args.rows} x {args.width:<22} {'bare':>6}" + "".join(f"{column:>17}" for column in columns))
+    results = []
+    for name in ADAPTERS:
+        row = measure(name, args.rows, args.width)
+        results.append(row)
+        shown = "".join(f"{row[column]:9.1f} ({row[column] - row['bare']:+5.1f})" for column in columns)
+        print(f"{name:33} {row['bare']:6.1f}{shown}", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+    return int(any(row[column] - row["bare"] > args.limit for row in results for column in ("eager", "compiled")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
