@@ -252,10 +252,9 @@ def check_samples() -> None:
 def check_quant() -> None:
     from fusionpasses.kernels import dynamic_mxfp4_quant as kernel
 
-    # The tilings that the heuristics choose are much smaller: the interpreter's time is by the program.
-    tilings = itertools.cycle({"PIECES": pieces, "TILE_BLOCKS": 512, "num_warps": 1} for pieces in (4, 2, 1))
+    # The tile that the heuristics choose is much smaller: the interpreter's time is by the program.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "launch_options", lambda *args: next(tilings))
+        patch.setattr(kernel, "launch_options", lambda *args: {"TILE_BLOCKS": 512, "num_warps": 1})
         for x, scale_mode in quant_calls("cpu"):
             assert_same(QUANT, (x, scale_mode), {})
     assert_same(QUANT, (torch.randn(3, 96),), {})
@@ -416,10 +415,19 @@ def test_gpu_norm_random(name: str) -> None:
     for args, kwargs in OPS[name].samples(torch.device("cuda")):
         mismatches.add(name, args, kwargs)
     shapes = itertools.cycle(((0, 7168), (1, 7168), (1000, 2880), (33, 32768), (1000, 4096)))
-    for args, kwargs in norm_calls(name, lambda: random_rows(*next(shapes)), 1e-6, "cuda"):
+    # Every third call, every second of those also of strided rows: every compilation counts.
+    calls = itertools.islice(norm_calls(name, lambda: random_rows(*next(shapes)), 1e-6, "cuda"), 0, None, 3)
+    for strided, (args, kwargs) in zip(itertools.cycle((True, False)), calls):
         mismatches.add(name, args, kwargs)
-        *tensors, weight, eps = args
-        mismatches.add(name, (*(t[1::2] for t in tensors), weight, eps), kwargs)
+        if strided:
+            *tensors, weight, eps = args
+            mismatches.add(name, (*(t[1::2] for t in tensors), weight, eps), kwargs)
+    # Every tile of the heuristics, from few rows to many.
+    bfloat16 = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    for n in (512, 2880, 4096, 7168, 16384, 20000):
+        for rows in (3, 300, 2500, 20000):
+            tensors = [bfloat16(rows, n) for _ in range(1 + ("add" in name))]
+            mismatches.add(name, (*tensors, bfloat16(n), 1e-6), {"cast_order": "cast_scale"})
     mismatches.check(1e-3)
 
 

@@ -1,18 +1,30 @@
-"""MXFP4 arithmetic shared by the kernels, on eight elements per thread at a time.
+"""MXFP4 arithmetic shared by the kernels; a thread has whole blocks of 32 elements.
 
-Layout. A thread loads 16 bytes of a 16-bit dtype as four 32-bit words and keeps them apart (``split4``), so that
-everything after is elementwise and a packed output word of eight codes is made in the thread that loaded the eight
-elements: no layout conversion, no shared memory. ``PIECES`` such loads per thread are one after the other in memory;
-with four of them a thread has a whole block of 32, and the scale needs no exchange between threads. On an H200
-(16384 x 7168, bfloat16) quantisation alone takes 101 us with one piece, 76 us with two, 71 us with four; a copy of
-as many bytes 72 us.
+Layout. A thread loads eight elements as a *piece*: four 32-bit words of a 16-bit dtype in one load of 16 bytes, or
+eight float32 in two. A piece is a tuple of tensors ``[ROWS, BLOCKS]``, and four of them are a block. So the scale needs
+no exchange between threads, everything is elementwise, and the 16 bytes of codes are made in the thread that loaded the
+elements: no layout conversion, no shared memory. A warp's loads are 64 bytes apart; L1 puts them together. With a
+quarter of a block in each thread loads are next to each other, but an H200 takes 85 us instead of 71 for 16384 x 7168
+in bfloat16, because what is done once for a block is then done four times.
 
-PTX. The functions with a ``PTX`` argument have a portable form and one that spells out the packed instruction, which
-LLVM does not find for the pairs wanted here. Both round the same way, so their bytes are the same. PTX needs sm_90.
+Rounding. E2M1's magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 have the codes 0 to 7, and with ties to even codes::
+
+    code(s) = min(round(2 s), round(s + 2), round(s / 2 + 4)),   ties to even
+
+because each of the three is E2M1's step in its own part and above the others elsewhere. A fused multiply-add does the
+scaling and one such rounding at once: in ``s + M``, with M large, the sum's last bit is worth a step. One addend does
+two parts, M = 2**k - 2, where the last bit of sums below 2**k is worth 1/2 and from there on 1: it is crossed at
+s = 2. The third part is ``s / 2 + 2**k``. Both sums have the bits ``bits(M) + code``. As s is the element times a
+power of two, there is exactly one rounding, whatever the dtype the sum is made in: float32 (k = 23), bfloat16 (k = 7)
+or float16 (k = 10).
+
+PTX. Where ``PTX`` is set (sm_90 and later), two elements of a 16-bit dtype share a register and an instruction. It
+rounds as the portable form does, so the bytes are the same.
 """
 
-# ruff: noqa: RET505
-# (Triton needs the else of a constexpr if, and does not know (*a, b).)
+# ruff: noqa: RET505, RUF005
+# mypy: disable-error-code="assignment"
+# (Triton needs the else of a constexpr if, and does not know (*a, b); tuples grow.)
 
 from __future__ import annotations
 
@@ -21,37 +33,65 @@ import triton.language as tl
 
 #: Elements that share a scale.
 BLOCK = tl.constexpr(32)
-#: Elements in 16 bytes of a 16-bit dtype: one piece.
-PIECE = tl.constexpr(8)
+
+
+def _codes_ptx(kind: str, addend: int, far_addend: int, saturate: bool) -> str:
+    """PTX for eight codes: ``$0`` from magnitudes ``$1-$4``, signed words ``$5-$8``, factor ``$9``, half of it ``$10``.
+
+    ``addend`` and ``far_addend`` are the bits of 2**k - 2 and 2**k in ``kind``.
+    """
+    twice = 0x10001  # the same in both halves of a word
+    lines = [
+        ".reg .b32 near, far, most, sum, sign, even, odd, h<4>, q<2>;",
+        f"mov.b32 near, {addend * twice};",
+        f"mov.b32 far, {far_addend * twice};",
+        f"mov.b32 most, {(addend + 7) * twice};",
+    ]
+    for i in range(4):
+        lines += [
+            f"fma.rn.{kind} h{i}, ${1 + i}, $9, near;",
+            f"fma.rn.{kind} sum, ${1 + i}, $10, far;",
+            f"min.u16x2 h{i}, h{i}, sum;",  # positive numbers compare as integers
+        ]
+        if saturate:
+            lines.append(f"min.u16x2 h{i}, h{i}, most;")
+    # Bytes of q0: codes 0, 2, 1, 3; of q1: 4, 6, 5, 7. What the addends leave is a constant.
+    for i in range(2):
+        lines += [
+            f"mad.lo.u32 q{i}, h{2 * i + 1}, 256, h{2 * i};",
+            f"sub.u32 q{i}, q{i}, {addend * twice * 257 % 2**32};",
+            f"prmt.b32 sign, ${5 + 2 * i}, ${6 + 2 * i}, 0x7351;",
+            "shr.u32 sign, sign, 4;",
+            f"lop3.b32 q{i}, sign, 0x08080808, q{i}, 0xEA;",  # (sign & mask) | q
+        ]
+    lines += ["prmt.b32 even, q0, q1, 0x5410;", "prmt.b32 odd, q0, q1, 0x7632;", "mad.lo.u32 $0, odd, 16, even;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_CODES_BF16 = tl.constexpr(_codes_ptx("bf16x2", 0x42FC, 0x4300, saturate=False))
+_CODES_BF16_SATURATE = tl.constexpr(_codes_ptx("bf16x2", 0x42FC, 0x4300, saturate=True))
+_CODES_FP16 = tl.constexpr(_codes_ptx("f16x2", 0x63FC, 0x6400, saturate=False))
+_CODES_FP16_SATURATE = tl.constexpr(_codes_ptx("f16x2", 0x63FC, 0x6400, saturate=True))
 
 
 @triton.jit
-def split4(t, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    """``[ROWS, BLOCKS, LANES, 4]`` to four ``[ROWS, BLOCKS, LANES]``."""
-    even, odd = tl.split(tl.reshape(t, [ROWS, BLOCKS, LANES, 2, 2]))
+def split4(t):
+    """``[ROWS, BLOCKS, 4]`` to four ``[ROWS, BLOCKS]``."""
+    even, odd = tl.split(tl.reshape(t, [t.shape[0], t.shape[1], 2, 2]))
     t0, t2 = tl.split(even)
     t1, t3 = tl.split(odd)
     return t0, t1, t2, t3
 
 
 @triton.jit
-def split8(t, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    even, odd = tl.split(tl.reshape(t, [ROWS, BLOCKS, LANES, 4, 2]))
-    t0, t2, t4, t6 = split4(even, ROWS, BLOCKS, LANES)
-    t1, t3, t5, t7 = split4(odd, ROWS, BLOCKS, LANES)
-    return t0, t1, t2, t3, t4, t5, t6, t7
+def join4(t):
+    return tl.reshape(tl.join(tl.join(t[0], t[2]), tl.join(t[1], t[3])), [t[0].shape[0], t[0].shape[1], 4])
 
 
 @triton.jit
-def join4(t, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    return tl.reshape(tl.join(tl.join(t[0], t[2]), tl.join(t[1], t[3])), [ROWS, BLOCKS, LANES, 4])
-
-
-@triton.jit
-def join8(t, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    even = join4((t[0], t[2], t[4], t[6]), ROWS, BLOCKS, LANES)
-    odd = join4((t[1], t[3], t[5], t[7]), ROWS, BLOCKS, LANES)
-    return tl.reshape(tl.join(even, odd), [ROWS, BLOCKS, LANES, 8])
+def _packed(instruction: tl.constexpr, a, b):
+    """A PTX instruction of two operands, on words."""
+    return tl.inline_asm_elementwise(instruction, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -78,15 +118,10 @@ def _rounded_bits(value, dtype: tl.constexpr):
 @triton.jit
 def _pack(low, high, dtype: tl.constexpr, PTX: tl.constexpr):
     """Two float32, rounded to a 16-bit dtype, in one word."""
-    if PTX:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-            )
+    if PTX and dtype == tl.bfloat16:
+        return _packed("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)
+    elif PTX:
+        return _packed("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
     else:
         return _rounded_bits(low, dtype) | (_rounded_bits(high, dtype) << 16)
 
@@ -94,15 +129,10 @@ def _pack(low, high, dtype: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _multiply(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
     """Products of the halves. A float32 product of two 16-bit numbers is exact, so both forms round once."""
-    if PTX:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
-            )
+    if PTX and dtype == tl.bfloat16:
+        return _packed("mul.rn.bf16x2 $0, $1, $2;", a, b)
+    elif PTX:
+        return _packed("mul.rn.f16x2 $0, $1, $2;", a, b)
     else:
         return _pack(_low(a, dtype) * _low(b, dtype), _high(a, dtype) * _high(b, dtype), dtype, PTX)
 
@@ -110,26 +140,26 @@ def _multiply(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
     """Sums of the halves. float32 has over twice the precision of either dtype, so rounding twice changes nothing."""
-    if PTX:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
-            )
+    if PTX and dtype == tl.bfloat16:
+        return _packed("add.rn.bf16x2 $0, $1, $2;", a, b)
+    elif PTX:
+        return _packed("add.rn.f16x2 $0, $1, $2;", a, b)
     else:
         return _pack(_low(a, dtype) + _low(b, dtype), _high(a, dtype) + _high(b, dtype), dtype, PTX)
 
 
 @triton.jit
 def add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Sum of two loaded tensors: words of ``dtype``, or float32."""
+    """Sum of two loaded pieces of ``dtype``."""
     if dtype == tl.float32:
-        return a + b
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
     else:
-        return _add(a, b, dtype, PTX)
+        return (
+            _add(a[0], b[0], dtype, PTX),
+            _add(a[1], b[1], dtype, PTX),
+            _add(a[2], b[2], dtype, PTX),
+            _add(a[3], b[3], dtype, PTX),
+        )
 
 
 @triton.jit
@@ -192,43 +222,69 @@ def sum_of_squares(e):
 
 
 @triton.jit
-def load_piece(base, column, mask, MASKED: tl.constexpr):
-    """Eight elements per thread from ``base + column``: ``[..., 4]`` words of a 16-bit dtype, or ``[..., 8]`` float32.
+def _four(ptr):
+    """Pointers to four neighbours, along a last axis."""
+    return ptr[:, :, None] + tl.arange(0, 4)[None, None, :]
 
-    ``base`` is a pointer (or pointers) to the dtype, ``column`` counts elements and is a multiple of eight.
+
+@triton.jit
+def _load4(ptr, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    if MASKED:
+        return split4(tl.load(_four(ptr), mask=mask[:, :, None], other=0, eviction_policy=EVICTION))
+    else:
+        return split4(tl.load(_four(ptr), eviction_policy=EVICTION))
+
+
+@triton.jit
+def _store4(ptr, values, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(_four(ptr), join4(values), mask=mask[:, :, None])
+    else:
+        tl.store(_four(ptr), join4(values))
+
+
+@triton.jit
+def load_piece(base, column, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    """Eight elements per thread from ``base + column``: four words of a 16-bit dtype, or eight float32.
+
+    ``base`` is a pointer (or pointers) to the dtype, ``column`` counts elements and is a multiple of eight. Where the
+    mask is off (looked at if ``MASKED``), zeros.
     """
     if base.dtype.scalar.element_ty == tl.float32:
-        at = (base + column)[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+        return _load4(base + column, mask, MASKED, EVICTION) + _load4(base + (column + 4), mask, MASKED, EVICTION)
     else:
-        words = base.to(tl.pointer_type(tl.uint32)) + (column // 2)
-        at = words[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    if MASKED:
-        return tl.load(at, mask=mask[:, :, :, None], other=0)
-    else:
-        return tl.load(at)
+        return _load4(base.to(tl.pointer_type(tl.uint32)) + column // 2, mask, MASKED, EVICTION)
 
 
 @triton.jit
-def store_piece(base, column, value, mask, MASKED: tl.constexpr):
-    """The other way round; ``value`` as load_piece gives it."""
+def store_piece(base, column, piece, mask, MASKED: tl.constexpr):
+    """The other way round; ``piece`` as load_piece gives it."""
     if base.dtype.scalar.element_ty == tl.float32:
-        at = (base + column)[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+        _store4(base + column, (piece[0], piece[1], piece[2], piece[3]), mask, MASKED)
+        _store4(base + (column + 4), (piece[4], piece[5], piece[6], piece[7]), mask, MASKED)
     else:
-        words = base.to(tl.pointer_type(tl.uint32)) + (column // 2)
-        at = words[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    if MASKED:
-        tl.store(at, value, mask=mask[:, :, :, None])
-    else:
-        tl.store(at, value)
+        _store4(base.to(tl.pointer_type(tl.uint32)) + column // 2, piece, mask, MASKED)
 
 
 @triton.jit
-def floats_of(piece, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+def floats_of(piece, dtype: tl.constexpr):
     """A loaded piece as eight float32."""
     if dtype == tl.float32:
-        return split8(piece, ROWS, BLOCKS, LANES)
+        return piece
     else:
-        return to_floats(split4(piece, ROWS, BLOCKS, LANES), dtype)
+        return to_floats(piece, dtype)
+
+
+@triton.jit
+def _magnitudes(w):
+    return w[0] & 0x7FFF7FFF, w[1] & 0x7FFF7FFF, w[2] & 0x7FFF7FFF, w[3] & 0x7FFF7FFF
+
+
+@triton.jit
+def _amax_of_words(a):
+    # As integers NaN > Inf > every finite magnitude, in each half.
+    maximum: tl.constexpr = "max.u16x2 $0, $1, $2;"
+    return _packed(maximum, _packed(maximum, a[0], a[1]), _packed(maximum, a[2], a[3]))
 
 
 @triton.jit
@@ -244,112 +300,122 @@ def _amax(e):
 
 
 @triton.jit
-def _sticky(value):
-    """The value cut to nine significant bits, the last one set if anything was cut: it rounds to E2M1 the same way."""
-    bits = value.to(tl.uint32, bitcast=True)
-    return ((bits | ((bits & 0x7FFF) + 0x7FFF)) & 0xFFFF8000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _nibbles(low, high, SATURATE: tl.constexpr, PTX: tl.constexpr):
-    """E2M1 of two numbers below 8, given times 2**-14: nibbles at the top of each 16-bit half, junk below them.
-
-    Times 2**-14, E2M1's smallest normal number is float16's, so the bits of a float16 that are left after rounding
-    away nine are those of the E2M1 code, subnormals included. The conversion to float16 is exact for nine significant
-    bits from 0.25 up, and what is smaller stays on its side of 0.25. Both halves are rounded at once; no carry leaves
-    a half, because exponents are at most 3.
-    """
-    halves = _pack(low, high, tl.float16, PTX)
-    halves = halves + 0x00FF00FF + ((halves >> 9) & 0x00010001)
+def _code(e, factor, half_factor, SATURATE: tl.constexpr):
+    magnitude = tl.abs(e)
+    total = tl.minimum(tl.fma(magnitude, factor, 8388606.0), tl.fma(magnitude, half_factor, 8388608.0))
     if SATURATE:
-        halves = halves - ((halves & 0x10001000) >> 3)  # 8 to 6, the codes 0b1000 and 0b0111
-    return (halves & 0x80008000) | ((halves << 3) & 0x7FFF7FFF)
+        total = tl.minimum(total, 8388611.0)
+    # 0x4AFFFFFC are the bits of 2**23 - 2.
+    return (total.to(tl.uint32, bitcast=True) - 0x4AFFFFFC) | ((e.to(tl.uint32, bitcast=True) >> 28) & 8)
 
 
 @triton.jit
-def _codes(e, factor, SATURATE: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr):
+def _codes(e, factor, half_factor, SATURATE: tl.constexpr):
     """Eight codes in a word, the first in the lowest nibble."""
-    if not SHORT:
-        e = (
-            _sticky(e[0]),
-            _sticky(e[1]),
-            _sticky(e[2]),
-            _sticky(e[3]),
-            _sticky(e[4]),
-            _sticky(e[5]),
-            _sticky(e[6]),
-            _sticky(e[7]),
-        )
-    e = times(e, factor)
-    n01 = _nibbles(e[0], e[1], SATURATE, PTX)
-    n23 = _nibbles(e[2], e[3], SATURATE, PTX)
-    n45 = _nibbles(e[4], e[5], SATURATE, PTX)
-    n67 = _nibbles(e[6], e[7], SATURATE, PTX)
-    # Codes 0, 2, 1, 3, each in the upper half of its byte.
-    low = ((n01 >> 8) & 0x00FF00FF) | (n23 & 0xFF00FF00)
-    high = ((n45 >> 8) & 0x00FF00FF) | (n67 & 0xFF00FF00)
-    if PTX:
-        even = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-        )
-        odd = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        even = (low & 0xFFFF) | (high << 16)
-        odd = (low >> 16) | (high & 0xFFFF0000)
-    return ((even >> 4) & 0x0F0F0F0F) | (odd & 0xF0F0F0F0)
+    return (
+        _code(e[0], factor, half_factor, SATURATE)
+        | (_code(e[1], factor, half_factor, SATURATE) << 4)
+        | (_code(e[2], factor, half_factor, SATURATE) << 8)
+        | (_code(e[3], factor, half_factor, SATURATE) << 12)
+        | (_code(e[4], factor, half_factor, SATURATE) << 16)
+        | (_code(e[5], factor, half_factor, SATURATE) << 20)
+        | (_code(e[6], factor, half_factor, SATURATE) << 24)
+        | (_code(e[7], factor, half_factor, SATURATE) << 28)
+    )
 
 
 @triton.jit
-def quantize(e, SCALE_ADDEND: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr):
-    """A tuple of PIECES pieces of eight float32 to codes ``[ROWS, BLOCKS, LANES, PIECES]`` and scale bytes.
+def _codes_of_words(a, w, factor, half_factor, dtype: tl.constexpr, SATURATE: tl.constexpr):
+    """The same from words ``w`` and their magnitudes."""
+    BF16: tl.constexpr = _CODES_BF16_SATURATE if SATURATE else _CODES_BF16
+    FP16: tl.constexpr = _CODES_FP16_SATURATE if SATURATE else _CODES_FP16
+    CODES: tl.constexpr = BF16 if dtype == tl.bfloat16 else FP16
+    operands = [a[0], a[1], a[2], a[3], w[0], w[1], w[2], w[3], factor, half_factor]
+    return tl.inline_asm_elementwise(CODES, "=r,r,r,r,r,r,r,r,r,r,r", operands, dtype=tl.uint32, is_pure=True, pack=1)
 
-    ``SHORT``: no element has more than eight significant bits. Scales are integers throughout.
-    """
-    PIECES: tl.constexpr = len(e)
-    amax = _amax(e[0])
-    if PIECES >= 2:
-        amax = _max(amax, _amax(e[1]))
-    if PIECES == 4:
-        amax = _max(amax, _max(_amax(e[2]), _amax(e[3])))
-    # As integers NaN > Inf > every finite magnitude.
+
+@triton.jit
+def _scale_exponent(amax_bits, SCALE_ADDEND: tl.constexpr):
+    """The scale's byte plus two, from the float32 bits of a finite amax. Integers throughout."""
+    return tl.maximum((amax_bits.to(tl.uint32, bitcast=True) + SCALE_ADDEND) >> 23, 2)
+
+
+@triton.jit
+def _quantize_floats(e, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr):
+    amax = _max(_max(_amax(e[0]), _amax(e[1])), _max(_amax(e[2]), _amax(e[3])))
     amax_bits = amax.to(tl.int32, bitcast=True)
-    if PIECES < 4:
-        amax_bits = tl.max(amax_bits, axis=2)[:, :, None]
-    finite = amax_bits < 0x7F800000
-    exponent = tl.maximum((amax_bits.to(tl.uint32, bitcast=True) + SCALE_ADDEND) >> 23, 2)
-    # 2**(127 - scale), scale = exponent - 2 at most 253; with 2**-14 it may be subnormal, but never rounds.
-    factor = ((256 - exponent) << 23).to(tl.float32, bitcast=True) * 6.103515625e-05
+    exponent = _scale_exponent(amax_bits, SCALE_ADDEND)
+    # 2**(127 - byte), byte = exponent - 2 at most 253; half of it may be subnormal, but neither ever rounds.
+    factor = ((256 - exponent) << 23).to(tl.float32, bitcast=True)
+    codes = ()
+    for p in tl.static_range(4):
+        codes = codes + (_codes(e[p], factor, factor * 0.5, SATURATE),)
+    return amax_bits, exponent, codes
+
+
+@triton.jit
+def _quantize_words(w, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr):
+    maximum: tl.constexpr = "max.u16x2 $0, $1, $2;"
+    a = (_magnitudes(w[0]), _magnitudes(w[1]), _magnitudes(w[2]), _magnitudes(w[3]))
+    low = _packed(maximum, _amax_of_words(a[0]), _amax_of_words(a[1]))
+    amax = _packed(maximum, low, _packed(maximum, _amax_of_words(a[2]), _amax_of_words(a[3])))
+    # As float32 bits; the sign is clear, so the larger half is the larger integer.
+    half = tl.maximum(amax & 0xFFFF, amax >> 16)
+    amax_bits = _low(half, dtype).to(tl.int32, bitcast=True)
+    exponent = _scale_exponent(amax_bits, SCALE_ADDEND)
+    if dtype == tl.bfloat16:
+        factor = ((256 - exponent) << 7) * 0x10001
+        half_factor = _multiply(factor, tl.full(factor.shape, 0x3F003F00, tl.uint32), dtype, True)
+    else:
+        # float16 ends at 2**15; small blocks are brought near first. That is exact: their elements are below 2**-10.
+        # For blocks smaller than float16 can hold (that is zero) any factor does.
+        power = tl.minimum(129 - exponent.to(tl.int32, bitcast=True), 27)
+        lift = tl.where(power > 13, 13, 0)
+        factor = (((power - lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
+        half_factor = _multiply(factor, tl.full(factor.shape, 0x38003800, tl.uint32), dtype, True)
+        lift_factor = (((lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
+        lifts = (lift_factor, lift_factor, lift_factor, lift_factor)
+        a = (
+            multiply_words(a[0], lifts, dtype, True),
+            multiply_words(a[1], lifts, dtype, True),
+            multiply_words(a[2], lifts, dtype, True),
+            multiply_words(a[3], lifts, dtype, True),
+        )
+    codes = ()
+    for p in tl.static_range(4):
+        codes = codes + (_codes_of_words(a[p], w[p], factor, half_factor, dtype, SATURATE),)
+    return amax_bits, exponent, codes
+
+
+@triton.jit
+def quantize(e, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, WORDS: tl.constexpr):
+    """A block per thread to four words of codes and a scale byte.
+
+    ``e`` is a tuple of four pieces: of four words of ``dtype`` if ``WORDS`` (PTX only), of eight float32 if not.
+    """
     # Only with the addend 0 can an element scale to 7 or more, which rounds to 8.
     SATURATE: tl.constexpr = SCALE_ADDEND == 0
-    # A block that is not finite gets codes 0, whatever its elements gave.
-    c0 = tl.where(finite, _codes(e[0], factor, SATURATE, SHORT, PTX), 0)
-    if PIECES == 1:
-        codes = c0[:, :, :, None]
+    if WORDS:
+        amax_bits, exponent, codes = _quantize_words(e, dtype, SCALE_ADDEND, SATURATE)
     else:
-        c1 = tl.where(finite, _codes(e[1], factor, SATURATE, SHORT, PTX), 0)
-        if PIECES == 2:
-            codes = tl.join(c0, c1)
-        else:
-            c2 = tl.where(finite, _codes(e[2], factor, SATURATE, SHORT, PTX), 0)
-            c3 = tl.where(finite, _codes(e[3], factor, SATURATE, SHORT, PTX), 0)
-            codes = join4((c0, c1, c2, c3), c0.shape[0], c0.shape[1], 1)
-    scale = tl.where(finite, exponent - 2, 255).to(tl.uint8)
-    return codes, tl.broadcast_to(scale, c0.shape)
+        amax_bits, exponent, codes = _quantize_floats(e, SCALE_ADDEND, SATURATE)
+    # A block that is not finite gets codes 0, whatever its elements gave.
+    finite = amax_bits < 0x7F800000
+    words = ()
+    for p in tl.static_range(4):
+        words = words + (tl.where(finite, codes[p], 0),)
+    return words, tl.where(finite, exponent - 2, 255).to(tl.uint8)
 
 
 @triton.jit
-def store_quantized(codes_ptr, scales_ptr, block, lane, codes, scale, mask, MASKED: tl.constexpr, PIECES: tl.constexpr):
-    """Store what quantize gave; ``block`` counts blocks from both pointers, ``lane`` the threads of a block."""
-    word = block * 4 + lane * PIECES
-    at = (codes_ptr.to(tl.pointer_type(tl.uint32)) + word)[:, :, :, None] + tl.arange(0, PIECES)[None, None, None, :]
+def store_quantized(codes_ptr, scales_ptr, block, codes, scale, mask, MASKED: tl.constexpr):
+    """Store what quantize gave; ``block`` counts blocks from both pointers."""
+    word = block * 4
+    _store4(codes_ptr.to(tl.pointer_type(tl.uint32)) + word, codes, mask, MASKED)
     # The same as scales_ptr + block, but hides from Triton that neighbouring bytes are neighbours: it would move the
     # scales through shared memory, with a barrier, to store them in fewer instructions.
     scale_at = scales_ptr + (word >> 2)
     if MASKED:
-        tl.store(at, codes, mask=mask[:, :, :, None])
-        tl.store(scale_at, scale, mask=mask & (lane == 0))
+        tl.store(scale_at, scale, mask=mask)
     else:
-        tl.store(at, codes)
-        tl.store(scale_at, scale, mask=lane == 0)
+        tl.store(scale_at, scale)

@@ -18,7 +18,6 @@ captured in a CUDA graph once the kernel is compiled.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusionpasses.kernels import arch
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
@@ -38,8 +38,8 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
     if blocks == 0:
         return codes, scales
     row_blocks = scales.shape[-1]
-    _, warp_size, ptx = _device(x.device)
-    options = quant_kernel.launch_options(blocks, warp_size)
+    gpu = arch.of(x.device)
+    options = quant_kernel.launch_options(gpu)
     tile = options["TILE_BLOCKS"]
     x, stride = _aligned_rows(x)
     row_stride: int | None = stride
@@ -60,7 +60,7 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
             row_blocks,
             MASKED=row_blocks % tile != 0,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
-            PTX=ptx,
+            PTX=gpu.hopper_ptx,
             **options,
         )
     return codes, scales
@@ -165,10 +165,16 @@ def _launch_norm(
     if weight is not None:
         weight, _ = _aligned_rows(weight)
     rows = scales.numel() // row_blocks
-    processors, warp_size, ptx = _device(x.device)
-    adds = residual is not None
-    options, per_processor = norm_kernel.launch_options(row_blocks, x.element_size(), adds, warp_size)
-    programs = min(-(-rows // options["ROWS"]), processors * per_processor)
+    gpu = arch.of(x.device)
+    options, programs = norm_kernel.launch_options(
+        rows,
+        row_blocks,
+        x.element_size(),
+        0 if weight is None else weight.element_size(),
+        residual is not None,
+        norm is not None,
+        gpu,
+    )
     with _on_device_of(x):
         _launch.launch(
             norm_kernel.rmsnorm_mxfp4_quant,
@@ -188,19 +194,9 @@ def _launch_norm(
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
             ROUND_BEFORE_WEIGHT=round_before_weight,
             ROUND_RESULT=round_result,
-            PTX=ptx,
+            PTX=gpu.hopper_ptx,
             **options,
         )
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[int, int, bool]:
-    """Multiprocessors, threads of a warp, and whether the kernels may use PTX of sm_90."""
-    if device.type != "cuda":  # interpreted
-        return 2, 32, False
-    properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    return properties.multi_processor_count, properties.warp_size, nvidia and properties.major >= 9
 
 
 def _aligned_rows(x: Tensor) -> tuple[Tensor, int]:
