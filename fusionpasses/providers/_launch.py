@@ -39,6 +39,12 @@ class _Launch(NamedTuple):
     constants: dict[str, Any]
 
 
+#: Launches for the arguments given, and returns the outputs; None if it must not be used now.
+_Plan = Callable[[tuple[Any, ...]], "tuple[Tensor, ...] | None"]
+
+_every_plans: list[dict[tuple[Any, ...], _Plan]] = []
+
+
 class _Recording(threading.local):
     launches: list[_Launch] | None = None
 
@@ -59,7 +65,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, which launches kernels through ``launch``, replayed where it can be."""
-    plans: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]] = {}
+    plans: dict[tuple[Any, ...], _Plan] = {}
+    _every_plans.append(plans)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values()) if kwargs else args
@@ -83,8 +90,13 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
                 plans[key] = plan
         return outputs
 
-    run.plans = plans  # type: ignore[attr-defined]
     return run
+
+
+def forget() -> None:
+    """Drop all plans, after something that decides launches has changed: for tests and measurements."""
+    for plans in _every_plans:
+        plans.clear()
 
 
 def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -104,9 +116,7 @@ def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ..
     )
 
 
-def _plan(
-    launched: _Launch, values: tuple[Any, ...], outputs: Any
-) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None] | None:
+def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | None:
     """The plan of a call that made this launch, or None if replaying that would not be the same."""
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction
@@ -171,7 +181,7 @@ def _replay(
     others: tuple[Any, ...],
     device: torch.device,
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...],
-) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]:
+) -> _Plan:
     from triton import knobs
 
     runtime, compilation = knobs.runtime, knobs.compilation

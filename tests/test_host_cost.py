@@ -1,0 +1,406 @@
+"""Replayed calls: the same launch as a call made in full, and only where it is the same.
+
+Without a GPU, Triton compiles for one that is not there and a driver of this file records what would be launched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusionpasses import providers
+from fusionpasses.errors import UnsupportedInput
+from fusionpasses.ops import OPS
+from fusionpasses.probes import probe_triton
+from fusionpasses.providers import _launch
+
+pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
+
+ours = torch.ops.fusionpasses
+QUANT = "dynamic_mxfp4_quant.default"
+NAMES = [name for name in OPS if name != "mxfp4_gemm.default"]
+
+
+# ---- a GPU that is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    kernel: str  # Triton's key of the compiled kernel: name, types, specialisation, constants, options
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
+class Recorder:
+    """As much of a Triton driver as a launch needs."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launched] = []
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def compiled(self, kernel: Any, key: str, *rest: Any) -> Any:
+        """In place of compiling a kernel."""
+        from triton.compiler import CompiledKernel
+
+        def run(x: int, y: int, z: int, stream: Any, function: str, metadata: Any, launched: Any, *rest: Any) -> None:
+            enter, leave, *args = rest
+            self.launches.append(Launched(function, (x, y, z), tuple(args)))
+            for hook in (enter, leave):
+                if hook is not None:
+                    hook(launched)
+
+        class NotLoaded(CompiledKernel):  # type: ignore[misc, unused-ignore]
+            def __init__(self) -> None:
+                pass
+
+            def __del__(self) -> None:
+                pass
+
+        compiled = NotLoaded()
+        compiled.src, compiled.module, compiled.name = None, self, kernel.__name__
+        compiled.function, compiled.packed_metadata, compiled._run = f"{kernel.__name__} {key}", None, run
+        return compiled
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Iterator[Recorder]:
+    import triton
+    from triton import knobs
+    from triton.runtime import JITFunction
+
+    if knobs.runtime.interpret:
+        pytest.skip("needs compiled kernels")
+
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", recorder)
+        patch.setattr(JITFunction, "_do_compile", lambda kernel, key, *rest: recorder.compiled(kernel, key))
+        for kernel in _kernels():
+            patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+        patch.setattr(providers, "select", lambda op, device, asked="auto": "triton" if asked == "auto" else asked)
+        _launch.forget()
+        yield recorder
+    _launch.forget()
+
+
+def _kernels() -> list[Any]:
+    from fusionpasses.kernels import dynamic_mxfp4_quant, rmsnorm_mxfp4_quant
+
+    return [dynamic_mxfp4_quant.dynamic_mxfp4_quant, rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of an op, by all that a launch may depend on."""
+
+    name: str = "rmsnorm_add_mxfp4_quant.with_norm"
+    dtype: torch.dtype = torch.bfloat16
+    leading: tuple[int, ...] = (3,)
+    blocks: int = 2
+    offset: int = 0  # elements that x starts behind a multiple of 64 bytes
+    padding: int = 0  # elements between its rows
+    transposed: bool = False
+    residual_offset: int = 0
+    residual_padding: int = 0
+    weight: torch.dtype | None = torch.bfloat16
+    weight_offset: int = 0
+    eps: float = 1e-6
+    cast_order: str = "cast_scale"
+    wide_norm: bool = False
+    scale_mode: str = "even"
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        n = 32 * self.blocks
+        x = _rows(self.leading, n, self.dtype, self.offset, self.padding)
+        if self.transposed and x.dim() > 2:
+            x = x.transpose(0, 1)
+        if self.name == QUANT:
+            return [x], {"scale_mode": self.scale_mode}
+        tensors = [x]
+        if "add" in self.name:
+            tensors.append(_rows(tuple(x.shape[:-1]), n, self.dtype, self.residual_offset, self.residual_padding))
+        weight = None
+        if self.weight is not None:
+            weight = _rows((), n, self.dtype if self.weight != torch.float32 else self.weight, self.weight_offset, 0)
+        norm_dtype = torch.float32 if self.wide_norm else None
+        return [*tensors, weight, self.eps], {
+            "cast_order": self.cast_order,
+            "norm_dtype": norm_dtype,
+            "scale_mode": self.scale_mode,
+        }
+
+    def run(self, recorder: Recorder) -> list[Any]:
+        """Launches and outputs, told without addresses."""
+        args, kwargs = self.arguments()
+        packet, overload = self.name.split(".")
+        recorder.launches.clear()
+        with torch.no_grad():
+            outputs = getattr(getattr(ours, packet), overload)(*args, **kwargs)
+        told: list[Any] = [(output.shape, output.stride(), output.dtype) for output in outputs]
+        for launched in recorder.launches:
+            told += [launched.kernel, launched.grid]
+            for value in launched.args:
+                same = [place for place, tensor in enumerate([*args, *outputs]) if value is tensor]
+                if isinstance(value, Tensor):
+                    told.append(same or (value.shape, value.stride(), value.dtype, value.data_ptr() % 16))
+                else:
+                    told.append((type(value), repr(value)))
+        return told
+
+
+def _rows(leading: tuple[int, ...], n: int, dtype: torch.dtype, offset: int, padding: int) -> Tensor:
+    strides = [n + padding]
+    for size in leading[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    count = strides[0] * (leading[0] if leading else 1)
+    storage = torch.empty(max(count, n) + offset, dtype=dtype)
+    return storage[offset:].as_strided((*leading, n), (*strides[: len(leading)], 1))
+
+
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "name": st.sampled_from(NAMES),
+    "dtype": st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    "leading": st.sampled_from([(), (1,), (3,), (16,), (48,), (1, 3), (3, 1), (3, 16), (16, 3), (2, 24), (0,)]),
+    "blocks": st.sampled_from([1, 2, 16, 90]),
+    "offset": st.sampled_from([0, 1, 2, 8, 16]),
+    "padding": st.sampled_from([0, 1, 2, 16, 32]),
+    "transposed": st.booleans(),
+    "residual_offset": st.sampled_from([0, 1, 2, 8]),
+    "residual_padding": st.sampled_from([0, 2, 16]),
+    "weight": st.sampled_from([None, torch.bfloat16, torch.float32]),
+    "weight_offset": st.sampled_from([0, 1, 2, 8]),
+    "eps": st.sampled_from([1e-6, 1e-5, 0.0, -0.0, 1.0]),
+    "cast_order": st.sampled_from(["cast_scale", "scale_cast"]),
+    "wide_norm": st.booleans(),
+    "scale_mode": st.sampled_from(["even", "floor", "rceil", "ceil"]),
+}
+
+
+@st.composite
+def pairs(draw: Any) -> tuple[Call, Call]:
+    """Calls that differ in one respect, or two, or none."""
+    first = Call(**{name: draw(values) for name, values in FIELDS.items()})
+    changed = draw(st.lists(st.sampled_from(list(FIELDS)), max_size=2))
+    return first, dataclasses.replace(first, **{name: draw(FIELDS[name]) for name in changed})
+
+
+# ---- tests
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls=pairs())
+def test_a_call_launches_the_same_whatever_was_called_before(recorder: Recorder, calls: tuple[Call, Call]) -> None:
+    first, second = calls
+    _launch.forget()
+    alone = second.run(recorder)
+    assert second.run(recorder) == alone
+    _launch.forget()
+    first.run(recorder)
+    assert second.run(recorder) == alone
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_respect_is_seen(recorder: Recorder, field: str) -> None:
+    """Of all values of a respect: each launch after the others is that of the call alone."""
+    start = Call(leading=(3, 16))
+    calls = [dataclasses.replace(start, **{field: value}) for value in _values(field)]
+    alone = []
+    for call in calls:
+        _launch.forget()
+        alone.append(call.run(recorder))
+    _launch.forget()
+    for _ in range(2):
+        assert [call.run(recorder) for call in calls] == alone
+
+
+def _values(field: str) -> list[Any]:
+    return [False, True] if field in ("transposed", "wide_norm") else list(FIELDS[field].elements)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def full_calls(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> list[str]:
+    """Names of the ops whose adapters ran."""
+    from fusionpasses.providers.triton import ADAPTERS
+
+    ran: list[str] = []
+
+    def noted(provider: str, name: str) -> Any:
+        ran.append(name)
+        return ADAPTERS[name]
+
+    monkeypatch.setattr(providers, "implementation", noted)
+    _launch.forget()
+    return ran
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_second_call_is_replayed(full_calls: list[str], name: str, guard: Any) -> None:
+    args, kwargs = Call(name).arguments()
+    with guard():
+        first = OPS[name].overload(*args, **kwargs)
+        again = OPS[name].overload(*args, **kwargs)
+    assert full_calls == [name]
+    for one, two in zip(first, again, strict=True):
+        assert (one.shape, one.stride(), one.dtype, one.device) == (two.shape, two.stride(), two.dtype, two.device)
+        assert one.data_ptr() != two.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(QUANT, padding=1),  # copied, row by row
+        Call(QUANT, offset=1),
+        Call(residual_offset=1),
+        Call(weight_offset=1),
+        Call(leading=(0,)),  # nothing is launched
+    ],
+)
+def test_calls_that_are_done_in_full(full_calls: list[str], recorder: Recorder, call: Call) -> None:
+    assert call.run(recorder) == call.run(recorder)
+    assert full_calls == [call.name] * 2
+
+
+def test_one_tensor_in_two_places(full_calls: list[str], recorder: Recorder) -> None:
+    (x, residual, weight, eps), kwargs = Call().arguments()
+    name = Call().name
+    for second in (x, residual, x, residual):
+        recorder.launches.clear()
+        OPS[name].overload(x, second, weight, eps, **kwargs)
+        (launched,) = recorder.launches
+        assert launched.args[0] is x
+        assert launched.args[1] is second
+
+
+def test_bad_input_is_refused_after_good_input_of_the_same_shape(recorder: Recorder) -> None:
+    (x, residual, weight, eps), kwargs = Call().arguments()
+    op = ours.rmsnorm_add_mxfp4_quant
+    for _ in range(2):
+        op(x, residual, weight, eps, **kwargs)
+    for args, changed, text in (
+        ((x.short(), residual, weight, eps), {}, "x.dtype: got torch.int16"),
+        ((x, residual.half(), weight, eps), {}, "residual: got torch.float16"),
+        ((x, residual, weight.half(), eps), {}, "weight.dtype: got torch.float16"),
+        ((x, residual, weight[:32], eps), {}, r"weight: got shape \(32,\)"),
+        ((x, residual, weight, eps), {"scale_mode": "nearest"}, "scale_mode: got 'nearest'"),
+        ((x, residual, weight, eps), {"norm_dtype": torch.float16}, "norm_dtype: got torch.float16"),
+        ((x.clone().requires_grad_(), residual, weight, eps), {}, "argument 0 requires grad"),
+    ):
+        with pytest.raises(UnsupportedInput, match=text):
+            op(*args, **{**kwargs, **changed})
+
+
+def test_launch_hooks_see_replayed_calls(full_calls: list[str], recorder: Recorder) -> None:
+    from triton import knobs
+
+    seen: list[str] = []
+
+    def hook(launched: Any) -> None:
+        seen.append(launched.get()["name"])
+
+    Call(QUANT).run(recorder)
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        Call(QUANT).run(recorder)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    Call(QUANT).run(recorder)
+    assert full_calls == [QUANT]
+    assert seen == ["dynamic_mxfp4_quant"]
+
+
+def test_what_changes_kernels_is_obeyed(
+    full_calls: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    plain = Call(QUANT).run(recorder)
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs.runtime, "debug", True)
+        assert "'debug': True" in str(Call(QUANT).run(recorder))
+        assert "'debug': True" not in str(plain)
+    assert Call(QUANT).run(recorder) == plain
+    called: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(_kernels()[0], "pre_run_hooks", [lambda *args, **kwargs: called.append(1)])
+        assert Call(QUANT).run(recorder) == plain
+    assert called == [1]
+
+
+def test_plans_hold_no_tensors_and_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "MAX_PLANS", 5)
+    _launch.forget()
+    kept = []
+    for rows in range(1, 20):
+        args, kwargs = Call(leading=(rows,)).arguments()
+        outputs = OPS[Call().name].overload(*args, **kwargs)
+        kept += [weakref.ref(value) for value in (*args, *outputs) if isinstance(value, Tensor)]
+        assert sum(map(len, _launch._every_plans)) <= 5
+    recorder.launches.clear()
+    del args, outputs
+    gc.collect()
+    assert not [tensor for tensor in kept if tensor() is not None]
+
+
+def test_kernels_that_are_interpreted_are_not_replayed() -> None:
+    class Interpreted(dict):
+        def __missing__(self, grid: tuple[int, ...]) -> Any:
+            return lambda x, y: y.copy_(x)
+
+    def double(x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.empty_like(x)
+        _launch.launch(Interpreted(), (1,), x, y)
+        return (y,)
+
+    run = _launch.replayed(double)
+    for x in (torch.zeros(2), torch.ones(2)):
+        assert torch.equal(run(x)[0], x)
+
+
+def test_modes_and_lazy_negation_still_come_first(full_calls: list[str]) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            ours.dynamic_mxfp4_quant(x)
+        with Watch():
+            ours.dynamic_mxfp4_quant(x)
+        assert ours.dynamic_mxfp4_quant.default in seen
+        with FakeTensorMode() as mode:
+            codes, _ = ours.dynamic_mxfp4_quant(mode.from_tensor(x))
+        assert type(codes) is not Tensor
+
+
+def test_lazy_negation_is_resolved() -> None:
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        got = ours.dynamic_mxfp4_quant(torch._neg_view(x), provider="reference")
+        want = ours.dynamic_mxfp4_quant(-x, provider="reference")
+    assert all(map(torch.equal, got, want))
