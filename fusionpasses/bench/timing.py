@@ -1,7 +1,8 @@
 """How a time is taken, on a GPU, and the time of a copy of as many bytes.
 
 A time is one call's share of a CUDA graph that makes the same call on many sets of buffers, together larger than the
-L2 cache, the median of several replays; the cache is overwritten before each replay. The yardstick is a Triton copy
+L2 cache, the median of several replays; the cache is overwritten before each replay, and before the first the graph
+runs for a while, so that a GPU that was idle has its clocks up. The yardstick is a Triton copy
 kernel, the fastest of five tilings, that reads half of the bytes and writes the other half.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU to date
+WARM_UP = 0.05  # seconds
 TILINGS = ((512, 4), (1024, 4), (1024, 8), (2048, 4), (4096, 8))  # elements, warps
 
 
@@ -31,16 +34,19 @@ def replay_time(calls: Sequence[Callable[[], Any]], replays: int = 5) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]  # or the next call would get its outputs' memory
+    started = time.perf_counter()
+    while time.perf_counter() - started < WARM_UP:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for replay in range(replays + 1):
+    for _ in range(replays):
         _flush_buffer().zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if replay:  # the first one uploads the graph
-            times.append(start.elapsed_time(end) * 1000 / len(calls))
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
     del kept
     return float(statistics.median(times))
 
