@@ -1,0 +1,335 @@
+"""One decode step of DeepSeek-V3 layers at their real sizes, with the fusion passes and with plain Inductor.
+
+``python -m benchmarks.decode_step [--batch B ...] [--mode M ...] [--json FILE]``, on a GPU.
+
+The model is transformers' DeepSeek-V3 with random weights: four layers, all dense, linears quantised to MXFP4, one new
+token for each of ``--batch`` sequences, a static cache of ``--context`` tokens (transformers keeps the latent in it and
+expands all of it in every step, so attention and what feeds it grow with batch * context).
+
+======  ==============================================================================================================
+fused   ``torch.compile(backend=fusion_backend())``
+plain   ``torch.compile(backend="inductor")`` on the same weights, the activation quant written in aten ops that
+        Inductor traces and may fuse, feeding the same ``mxfp4_gemm`` op
+======  ==============================================================================================================
+
+``mxfp4_gemm`` is a reference of several eager kernels, the same on both sides, and dwarfs the step; so the step's time
+says little about the fusion, and the time outside GEMMs says it. Time by kernel is from ``torch.profiler`` (the median
+of three steps), the step's time from CUDA events without it. How kernels are told apart, and how bytes are counted:
+``benchmarks/kernel_classes.py``.
+
+Nothing is timed before the logits are checked against eager's. Inductor rounds elsewhere than eager, on both sides, and
+MXFP4 enlarges that; so the fused logits may be no further from eager's than 1.5 times plain's plus 0.02 (relative
+2-norm), and neither may be further than 0.2 (unrelated logits would be at 1.4). Embeddings are drawn with a standard
+deviation of 1, as large a residual stream as trained models have; with transformers' 0.02 every layer's output would
+replace it, and a code that flips in the first layer would change everything after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+import fusionpasses as fp
+from benchmarks.kernel_classes import ATTENTION, GEMM, REST, UNCLEAR, BytesMoved, Kernel, as_learned, kernels_by_step
+from benchmarks.kernel_classes import summary as summary_of
+from fusionpasses.bench.chains import aten_quant
+
+BATCHES = (1, 16, 64, 256)
+MODES = ("default", "reduce-overhead")
+SIDES = ("fused", "plain")
+STEP = "decode_step"
+
+REAL: dict[str, int] = {
+    "vocab_size": 4096,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+TINY = REAL | {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
+class AtenMxfp4Linear(fp.Mxfp4Linear):
+    """The same layer with its quant in aten ops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scales = aten_quant(x)
+        y: Tensor = torch.ops.fusionpasses.mxfp4_gemm(
+            codes, scales, self.weight_packed, self.weight_scale, self.bias, out_dtype=x.dtype
+        )
+        return y
+
+
+def build(sizes: dict[str, int], device: str) -> nn.Module:
+    """The quantised model; weights are made on the device, in bfloat16."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+        first_k_dense_replace=sizes["num_hidden_layers"],
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model: nn.Module = transformers.DeepseekV3ForCausalLM(config).eval()
+            nn.init.normal_(model.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
+    finally:
+        torch.set_default_dtype(before)
+    return fp.quantize_mxfp4(model)
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy that shares every weight and quantises in aten ops."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        if type(module) is fp.Mxfp4Linear:
+            module.__class__ = AtenMxfp4Linear
+    return twin
+
+
+class Decoding:
+    """A batch in the middle of its context: the cache, the new tokens, and the step."""
+
+    def __init__(self, model: Any, batch: int, context: int, device: str) -> None:
+        import transformers
+
+        generator = torch.Generator().manual_seed(batch)
+        self.tokens = torch.randint(0, model.config.vocab_size, (batch, 1), generator=generator).to(device)
+        self.start = context // 2
+        self.positions = torch.full((batch, 1), self.start, device=device)
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=context)
+        model(self.tokens, past_key_values=self.cache)  # eager: allocates the cache at addresses that stay
+        torch.manual_seed(1)
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the first step; every step moves the cache on by one token."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.start)
+
+    def step_of(self, model: nn.Module) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            logits: Tensor = model(self.tokens, past_key_values=self.cache, position_ids=self.positions).logits
+            return logits
+
+        return step
+
+
+def compiled_step(
+    step: Callable[[], Tensor], side: str, mode: str
+) -> tuple[Callable[[], Tensor], dict[str, int], float]:
+    """The step, compiled and run once; bytes it moves by class; seconds that took."""
+    moved = BytesMoved()
+    backend = fp.fusion_backend() if side == "fused" else "inductor"
+    started = time.perf_counter()
+    compiled = torch.compile(step, backend=backend, dynamic=False, mode=mode)
+    with torch._inductor.config.patch(_post_fusion_custom_pass=moved):  # caches are left out by torch itself then
+        compiled()
+    return compiled, moved.bytes, time.perf_counter() - started
+
+
+def milliseconds(step: Callable[[], Tensor], decoding: Decoding, steps: int) -> float:
+    """Of one step, over ``steps`` in a row."""
+    for _ in range(2):
+        torch.compiler.cudagraph_mark_step_begin()
+        step()
+    decoding.rewind()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        step()
+    end.record()
+    end.synchronize()
+    decoding.rewind()
+    return float(start.elapsed_time(end) / steps)
+
+
+def profiled(step: Callable[[], Tensor], decoding: Decoding, steps: int = 3) -> list[Kernel]:
+    """Kernels of the step whose kernels took the median time."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                torch.compiler.cudagraph_mark_step_begin()
+                step()
+                torch.cuda.synchronize()
+    decoding.rewind()
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        by_step = kernels_by_step(json.loads(file.read_text()), STEP)
+    totals = [sum(kernel.microseconds for kernel in kernels) for kernels in by_step]
+    return by_step[totals.index(statistics.median_low(totals))] if totals else []
+
+
+@torch.no_grad()
+def measure(
+    models: dict[str, nn.Module], batch: int, modes: Sequence[str], context: int, steps: int, device: str
+) -> list[dict[str, Any]]:
+    """Rows of one batch size, printed as they come."""
+    decoding = Decoding(models["fused"], batch, context, device)
+    eager = decoding.step_of(models["fused"])().float()
+    decoding.rewind()
+    learned: dict[str, list[Kernel]] = {}
+    rows = []
+    for mode in modes:
+        torch._dynamo.reset()
+        compiled: dict[str, Callable[[], Tensor]] = {}
+        case: dict[str, dict[str, Any]] = {}
+        for side in SIDES:
+            compiled[side], moved, took = compiled_step(decoding.step_of(models[side]), side, mode)
+            decoding.rewind()
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = compiled[side]().float()
+            decoding.rewind()
+            error = float((logits - eager).norm() / eager.norm())
+            case[side] = {"batch": batch, "mode": mode, "side": side, "compile_s": took, "error": error, "bytes": moved}
+        agree = (
+            case["fused"]["error"] <= min(0.2, 1.5 * case["plain"]["error"] + 0.02) and case["plain"]["error"] <= 0.2
+        )
+        for side in SIDES:
+            row = case[side] | {"right": agree}
+            if agree and device == "cuda":
+                row["step_ms"] = milliseconds(compiled[side], decoding, steps)
+                kernels = profiled(compiled[side], decoding)
+                if mode == "default":
+                    learned[side] = kernels
+                elif side in learned:
+                    kernels = as_learned(kernels, learned[side])
+                # Without default mode there is nothing to tell a graph's kernels apart by.
+                row |= summary_of(kernels) if mode == "default" or side in learned else {"kernels": None, "ms": None}
+                row["all_kernels"] = len(kernels)
+            rows.append(row)
+            print(line(row), flush=True)
+    torch._dynamo.reset()
+    return rows
+
+
+HEAD = (
+    f"{'batch':>5} {'mode':15} {'side':5} {'step ms':>8} {'kernels':>7} {'in GEMMs':>8} {'ms: GEMM':>9} "
+    f"{'attention':>9} {'rest':>8} {'unclear':>7} {'rest MB':>8} {'attn MB':>8} {'error':>7} {'compile s':>9}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    start = f"{row['batch']:5d} {row['mode']:15} {row['side']:5}"
+    end = (
+        f"{row['bytes'][REST] / 1e6:8.1f} {row['bytes'][ATTENTION] / 1e6:8.1f} {row['error']:7.4f} "
+        f"{row['compile_s']:9.1f}{'' if row['right'] else '  wrong: further from eager than allowed'}"
+    )
+    if "step_ms" not in row:
+        return f"{start} {'-':>8} {'-':>7} {'-':>8} {'-':>9} {'-':>9} {'-':>8} {'-':>7} {end}"
+    times = row["ms"] or dict.fromkeys((GEMM, ATTENTION, REST, UNCLEAR), float("nan"))
+    in_gemms = row["kernels"][GEMM] if row["kernels"] else "-"
+    return (
+        f"{start} {row['step_ms']:8.2f} {row['all_kernels']:7d} {in_gemms:>8} {times[GEMM]:9.2f} "
+        f"{times[ATTENTION]:9.3f} {times[REST]:8.3f} {times[UNCLEAR]:7.3f} {end}"
+    )
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Fused against plain, outside GEMMs and attention, for each case that was timed."""
+    by_side = {(row["batch"], row["mode"], row["side"]): row for row in rows if row.get("ms")}
+    lines = []
+    for (batch, mode, side), plain in by_side.items():
+        fused = by_side.get((batch, mode, "fused"))
+        if side == "plain" and fused:
+            lines.append(
+                f"batch {batch}, {mode}: outside GEMMs and attention "
+                f"{plain['ms'][REST]:.3f} -> {fused['ms'][REST]:.3f} ms, "
+                f"{plain['kernels'][REST]} -> {fused['kernels'][REST]} kernels, "
+                f"{plain['bytes'][REST] / 1e6:.1f} -> {fused['bytes'][REST] / 1e6:.1f} MB; "
+                f"step {plain['step_ms']:.2f} -> {fused['step_ms']:.2f} ms"
+            )
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, metavar="B")
+    parser.add_argument("--mode", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--context", type=int, default=128, help="tokens of the static cache")
+    parser.add_argument("--steps", type=int, default=8, help="steps in a row for the step's time")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no batch after this"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes; on a CPU nothing is timed")
+    args = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.tiny:
+        print(
+            "decode_step: got no GPU; allowed: one with about 60 GB, because only a time on a GPU counts. "
+            "Run it there, or check that fused and plain agree with --tiny",
+            file=sys.stderr,
+        )
+        return 2
+    started = time.perf_counter()
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU (nothing is timed)"
+    sizes = TINY if args.tiny else REAL
+    print(
+        f"{where}, torch {torch.__version__}, {sizes['num_hidden_layers']} layers, context {args.context}", flush=True
+    )
+    with torch.no_grad():
+        fused = build(sizes, device)
+        models = {"fused": fused, "plain": plain_twin(fused)}
+    print(f"{len(fp.last_quantization().quantized)} linears in MXFP4, made in {time.perf_counter() - started:.0f} s")
+    print(HEAD, flush=True)
+    rows: list[dict[str, Any]] = []
+    # Default mode comes first, whatever the order asked for: graphs are told apart by what it shows.
+    modes = [mode for mode in MODES if mode in args.mode]
+    for done, batch in enumerate(args.batch):
+        spent = time.perf_counter() - started
+        if spent > args.budget:
+            print(f"left out after {spent:.0f} s: batch {', '.join(map(str, args.batch[done:]))}")
+            break
+        rows += measure(models, batch, modes, args.context, args.steps, device)
+        print(f"-- batch {done + 1} of {len(args.batch)}, {time.perf_counter() - started:.0f} s", flush=True)
+        if args.json:
+            environment = {"device": where, "torch": torch.__version__, "context": args.context, "sizes": sizes}
+            args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    print("\n".join(["", *verdicts(rows)]))
+    return int(not all(row["right"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
