@@ -3,14 +3,18 @@
 import dataclasses
 import itertools
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
+from fusionpasses.kernels.arch import Arch
 from fusionpasses.probes import probe_triton
-from tools import codegen, launches
+from tools import claims, codegen, launches
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -66,7 +70,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 CONFIG = launches.Config("sm_100", "add+norm", "bf16", 7168, 1024)
-GOOD = codegen.Result(CONFIG, warps=4, shared=64, loads=(16,), stores=(1, 16))
+GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
 @pytest.mark.parametrize(
@@ -74,14 +78,14 @@ GOOD = codegen.Result(CONFIG, warps=4, shared=64, loads=(16,), stores=(1, 16))
     [
         ({}, "ok"),
         ({"spilled": 8}, "spills 8"),
-        ({"shared": 227 * 1024 + 1}, "shared memory 232449 > 232448"),
+        ({"shared": 36}, "shared memory 36 > 32"),
+        ({"sums": 0}, "shared memory 32 > 0"),
         ({"loads": (4, 16)}, "loads of (4, 16) bytes"),
         ({"loads": ()}, "loads of () bytes"),
         ({"loads": (4,), "wanted_load": 4}, "ok"),
         ({"stores": (1, 8)}, "stores of (1, 8) bytes"),
         ({"stores": (1, 8, 16)}, "stores of (1, 8, 16) bytes"),
         ({"stores": (1,)}, "stores of (1,) bytes"),
-        ({"stores": (1, 8), "wanted_store": 8}, "ok"),
         ({"contracted": 3}, "3 contractions"),
         ({"missing": ("bf16 added in pairs",)}, "no instruction for: bf16 added in pairs"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
@@ -93,11 +97,6 @@ def test_a_result_that_is_not_what_the_kernels_promise_is_refused(change, verdic
     written = codegen.table([result], "0123456789ab", "3.9.0")
     assert ("1 refused" in written) == (verdict != "ok")
     assert (f"{CONFIG}: {verdict}" in written) == (verdict != "ok")
-
-
-def test_shared_memory_is_that_of_the_device():
-    on = lambda target: dataclasses.replace(GOOD, config=dataclasses.replace(CONFIG, target=target), shared=100 * 1024)  # noqa: E731
-    assert {t for t in launches.TARGETS if on(t).verdict == "ok"} == {"sm_90", "sm_100", "gfx950", "gfx1250"}
 
 
 def test_the_table_is_stale_once_the_code_changes():
@@ -206,12 +205,152 @@ def test_what_is_compiled_is_what_the_provider_launches():
     (aligned,) = launches.launches(CONFIG)
     assert aligned.aligned
     assert aligned.key != launch.key
+    assert aligned.options["launch_pdl"]
     (other,) = launches.launches(dataclasses.replace(CONFIG, target="gfx950"))
     assert not other.constants["PTX"]
     assert other.tile != aligned.tile
+    assert not {"launch_pdl", "maxnreg"} & {*other.options}
     assert "x_ptr" in other.small
     (large,) = launches.launches(dataclasses.replace(CONFIG, target="gfx950", rows=1 << 20))
     assert "x_ptr" not in large.small
+
+
+@needs_triton
+def test_the_architecture_comes_out_of_the_kernels_own_code():
+    from fusionpasses.providers import triton as provider
+
+    real = provider.arch.of
+    kept = real.cache_info()
+    seen = {}
+    for name, target in launches.TARGETS.items():
+        with launches._pretended(provider, target):
+            seen[name] = provider.arch.of(torch.device("meta"))
+    assert seen == {name: Arch(name, t.warp_size, t.processors) for name, t in launches.TARGETS.items()}
+    assert {name for name, arch in seen.items() if arch.hopper_ptx} == {"sm_90", "sm_100", "sm_120"}
+    # Nothing of it stays.
+    assert provider.arch.of is real
+    assert real.cache_info() == kept
+
+
+def launched(config, **changes):
+    """What the provider launches, constants and options changed."""
+    (launch,) = launches.launches(config)
+    constants = {k: changes.get(k, v) for k, v in launch.constants.items()}
+    options = launch.options | {k: v for k, v in changes.items() if k not in constants}
+    return dataclasses.replace(launch, constants=constants, options=options)
+
+
+@pytest.fixture
+def examined(monkeypatch, tmp_path):
+    """The verdict on code that was compiled with other constants and options than its launch says."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def examined(config, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                codegen,
+                "compile_launch",
+                lambda _, target: launches.compile_launch(launched(config, **changes), target),
+            )
+            return codegen.examine(config).verdict
+
+    return examined
+
+
+SMALL = [
+    launches.Config("sm_100", "quant", "bf16", 1024, 64),
+    launches.Config("sm_120", "add+norm", "fp16", 1024, 64, layout="off alignment"),
+    launches.Config("sm_90", "norm", "fp32", 1024, 64),
+    launches.Config("gfx1100", "norm, stored", "bf16", 1024, 64),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("config", SMALL, ids=str)
+def test_what_the_kernels_promise_is_found_in_their_code(config, examined):
+    assert examined(config) == "ok"
+
+
+@needs_triton
+def test_code_that_breaks_a_promise_is_refused(examined):
+    quant, add, norm, amd = SMALL
+    pdl = "no instruction for: waits before any access, no instruction for: lets the next kernel come"
+    pairs = "minima and maxima in pairs, no instruction for: nibbles picked by byte"
+    # Without the PTX.
+    assert examined(quant, PTX=False) == f"no instruction for: bf16 in pairs, no instruction for: {pairs}, {pdl}"
+    assert examined(add, PTX=False).startswith("no instruction for: fp16 in pairs, no instruction for: minima")
+    assert examined(norm, PTX=False) == pdl
+    # Too few registers.
+    assert examined(norm, maxnreg=32).startswith("spills ")
+    # Contracted.
+    assert "contractions" in examined(norm, enable_fp_fusion=True)
+    # Half a block for a thread: threads then exchange what they have.
+    assert "loads of (8,) bytes" in examined(quant, TILE_BLOCKS=32, num_warps=2)
+    # Triton itself would raise at the launch.
+    assert "no option launch_pdl for gfx1100" in examined(amd, launch_pdl=True)
+
+
+@needs_triton
+def test_each_path_claims_its_own_instructions():
+    def claimed(chain, dtype, **changes):
+        config = launches.Config("sm_90", chain, dtype, 1024, 64, **changes)
+        (launch,) = launches.launches(config)
+        facts = claims.facts(launch, 32)
+        assert facts["blocks"] == 1
+        return {claim.what: int(claim.least(facts)) for claim in claims.CLAIMS if claim.least(facts)}
+
+    always = {"waits before any access": 1, "lets the next kernel come": 1}
+    words = always | {"minima and maxima in pairs": 16, "nibbles picked by byte": 16}
+    floats = always | {"maximum that keeps NaN": 16}
+    assert claimed("quant", "bf16") == words | {"bf16 in pairs": 32}
+    assert claimed("quant", "fp16") == words | {"fp16 in pairs": 48}
+    assert claimed("quant", "fp32") == floats
+    assert claimed("add+norm", "bf16") == words | {"bf16 in pairs": 64, "rounded in pairs": 16}
+    assert claimed("norm", "bf16", weight="none") == words | {"bf16 in pairs": 32, "rounded in pairs": 16}
+    assert claimed("norm", "bf16", weight="fp32", norm_dtype="same") == words | {
+        "bf16 in pairs": 32,
+        "rounded in pairs": 32,
+    }
+    # Rounded before a float32 weight, and the result is not rounded.
+    assert claimed("add+norm", "bf16", weight="fp32", norm_dtype="fp32") == floats | {
+        "bf16 in pairs": 16,
+        "rounded in pairs": 16,
+    }
+    assert claimed("add+norm", "fp32") == floats
+    (amd,) = launches.launches(launches.Config("gfx942", "norm", "bf16", 1024, 64))
+    assert not any(claim.least(claims.facts(amd, 64)) for claim in claims.CLAIMS)
+
+
+@pytest.mark.parametrize(
+    ("what", "sass", "count"),
+    [
+        ("bf16 in pairs", "HFMA2.MMA.BF16_V2 R1, R2, R3, R4 ;\nHMUL2.BF16_V2 R1, R2, R3 ;\nHFMA2 R1, R2, R3, R4", 2),
+        ("fp16 in pairs", "HFMA2.MMA R1, R2, R3, R4 ;\nHADD2 R1, R2, R3 ;\nHFMA2 R1, R2, R3, -RZ ;", 3),
+        ("fp16 in pairs", "HFMA2 R1, -RZ, RZ, 0, 1 ;\nHADD2.F32 R1, -RZ, R2.H0_H0 ;\nHFMA2.BF16_V2 R1, R2, R3, R4", 0),
+        ("minima and maxima in pairs", "VIMNMX.U16x2 R1, R2\nVIMNMX3.U16x2 R1, R2\nVIMNMX.U32 R1, R2", 2),
+        ("waits before any access", "LDC R1, c[0]\nACQBULK ;\nLDG.E.128 R4", 1),
+        ("waits before any access", "LDC R1, c[0]\nLDG.E.128 R4\nACQBULK ;\n", 0),
+        ("waits before any access", "STG.E.U8 [R2], R4\nACQBULK ;\n", 0),
+    ],
+)
+def test_instructions_are_told_apart(what, sass, count):
+    (claim,) = (claim for claim in claims.CLAIMS if claim.what == what)
+    assert len(re.findall(claim.sass, sass)) == count
+
+
+def test_only_contractions_that_were_not_asked_for_count():
+    def contracted(ptx, fusion=False):
+        llir = "call float @llvm.fma.f32(\ncall <16 x float> @llvm.fma.v16f32("
+        metadata = types.SimpleNamespace(enable_fp_fusion=fusion)
+        return codegen.contractions(types.SimpleNamespace(metadata=metadata, asm={"llir": llir, "ptx": ptx}))
+
+    asked = "fma.rn.f32 %r1\n" + 8 * "fma.rn.f32x2 %r2\n"
+    assert contracted(asked) == 0
+    # Inline PTX is what it says.
+    assert contracted(asked + "fma.rn.bf16x2 h0\nfma.rn.f16x2 h0\n") == 0
+    assert contracted(asked + "fma.rn.f32 %r1\n") == 1
+    assert contracted(asked + "fma.rn.f32x2 %r1\n") == 2
+    assert contracted(asked, fusion=True) == -1
 
 
 @needs_triton
@@ -220,8 +359,31 @@ def test_every_tile_on_the_grid_is_compiled(monkeypatch):
     monkeypatch.setattr(codegen, "WIDTHS", (64, 2880, 7168, 32768))
     monkeypatch.setattr(codegen, "ROWS", (1, 16384))
     chosen = codegen.every()
-    tiles = lambda c: {(c.target, c.chain.split(",")[0], c.dtype, launch.tile) for launch in launches.launches(c)}  # noqa: E731
-    grid = (codegen.TARGETS, launches.CHAINS, launches.DTYPES, codegen.WIDTHS, codegen.ROWS)
-    asked = set().union(*(tiles(launches.Config(*row)) for row in itertools.product(*grid)))
-    assert set().union(*map(tiles, chosen)) == asked
+
+    def kinds(config):
+        return {(config.target, *codegen._kind(config, launch)) for launch in launches.launches(config)}
+
+    grid = [codegen.TARGETS, launches.CHAINS, launches.DTYPES, codegen.WIDTHS, codegen.ROWS]
+    grid += [("contiguous",), ("even",), ("same", "fp32", "none")]
+    asked = set().union(*(kinds(launches.Config(*row)) for row in itertools.product(*grid)))
+    assert set().union(*map(kinds, chosen)) == asked
     assert len(chosen) == len(asked)
+    # What takes turns does so.
+    for target in codegen.TARGETS:
+        mine = [c for c in chosen if c.target == target]
+        assert {c.dtype for c in mine} == {*launches.DTYPES}
+        assert {c.chain for c in mine} == {*launches.CHAINS}
+        assert {c.n & (c.n - 1) == 0 for c in mine} == {True, False}
+
+
+@needs_triton
+def test_what_takes_turns_is_said():
+    def kind(target, chain, dtype, n):
+        config = launches.Config(target, chain, dtype, n, 1 << 14)
+        (launch,) = launches.launches(config)
+        return codegen._kind(config, launch)[1:]
+
+    assert kind("sm_90", "norm, stored", "fp16", 4096) == ("fp16", "norm")
+    assert kind("sm_100", "add+norm", "fp16", 4096) == ("16 bits", "add+norm")
+    assert kind("gfx942", "add+norm", "fp32", 256) == ("fp32", "")
+    assert kind("gfx942", "quant", "bf16", 256) == ("16 bits", "quant")
