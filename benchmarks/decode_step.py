@@ -18,10 +18,11 @@ of three steps), the step's time from CUDA events without it. How kernels are to
 ``benchmarks/kernel_classes.py``.
 
 Nothing is timed before the logits are checked against eager's. Inductor rounds elsewhere than eager, on both sides, and
-MXFP4 enlarges that; so the fused logits may be no further from eager's than 1.5 times plain's plus 0.02 (relative
-2-norm), and neither may be further than 0.2 (unrelated logits would be at 1.4). Embeddings are drawn with a standard
-deviation of 1, as large a residual stream as trained models have; with transformers' 0.02 every layer's output would
-replace it, and a code that flips in the first layer would change everything after it.
+MXFP4 enlarges every difference: a code that flips moves its value by a quarter, and changes what the next quant sees.
+How much that alone makes is measured: *noise* is how far eager's logits move (relative 2-norm; unrelated logits would
+be at 1.4) when random embeddings of the new tokens are moved by their last bit. Both sides, which round elsewhere in
+every layer, may be off by twice that plus 0.05, and fused by 1.1 times what plain is off plus 0.02. That a compiled
+model has eager's very bytes where it rounds as eager does is for the tests to show: ``tests/test_models.py``.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def build(sizes: dict[str, int], device: str) -> nn.Module:
     try:
         with torch.device(device):
             model: nn.Module = transformers.DeepseekV3ForCausalLM(config).eval()
+            # As large a residual stream as trained models have, or each layer's output would replace it.
             nn.init.normal_(model.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
     finally:
         torch.set_default_dtype(before)
@@ -201,6 +203,24 @@ def profiled(step: Callable[[], Tensor], decoding: Decoding, steps: int = 3) -> 
     return by_step[totals.index(statistics.median_low(totals))] if totals else []
 
 
+def noisy_logits(model: Any, decoding: Decoding) -> Tensor:
+    """Eager's logits with random embeddings of the new tokens moved by their last bit."""
+    weight = model.model.embed_tokens.weight
+    rows = decoding.tokens.unique()
+    before = weight[rows].clone()
+    bits = before.view(torch.int16)
+    weight[rows] = (bits ^ torch.randint_like(bits, 2)).view(weight.dtype)
+    try:
+        return decoding.step_of(model)().float()
+    finally:
+        weight[rows] = before
+        decoding.rewind()
+
+
+def _off(logits: Tensor, eager: Tensor) -> float:
+    return float((logits - eager).norm() / eager.norm())
+
+
 @torch.no_grad()
 def measure(
     models: dict[str, nn.Module], batch: int, modes: Sequence[str], context: int, steps: int, device: str
@@ -209,6 +229,7 @@ def measure(
     decoding = Decoding(models["fused"], batch, context, device)
     eager = decoding.step_of(models["fused"])().float()
     decoding.rewind()
+    noise = _off(noisy_logits(models["fused"], decoding), eager)
     learned: dict[str, list[Kernel]] = {}
     rows = []
     for mode in modes:
@@ -221,11 +242,10 @@ def measure(
             torch.compiler.cudagraph_mark_step_begin()
             logits = compiled[side]().float()
             decoding.rewind()
-            error = float((logits - eager).norm() / eager.norm())
-            case[side] = {"batch": batch, "mode": mode, "side": side, "compile_s": took, "error": error, "bytes": moved}
-        agree = (
-            case["fused"]["error"] <= min(0.2, 1.5 * case["plain"]["error"] + 0.02) and case["plain"]["error"] <= 0.2
-        )
+            case[side] = {"batch": batch, "mode": mode, "side": side, "compile_s": took, "bytes": moved}
+            case[side] |= {"error": _off(logits, eager), "noise": noise}
+        fused_error, plain_error = (case[side]["error"] for side in SIDES)
+        agree = max(fused_error, plain_error) <= 2 * noise + 0.05 and fused_error <= 1.1 * plain_error + 0.02
         for side in SIDES:
             row = case[side] | {"right": agree}
             if agree and device == "cuda":
@@ -246,14 +266,15 @@ def measure(
 
 HEAD = (
     f"{'batch':>5} {'mode':15} {'side':5} {'step ms':>8} {'kernels':>7} {'in GEMMs':>8} {'ms: GEMM':>9} "
-    f"{'attention':>9} {'rest':>8} {'unclear':>7} {'rest MB':>8} {'attn MB':>8} {'error':>7} {'compile s':>9}"
+    f"{'attention':>9} {'rest':>8} {'unclear':>7} {'rest MB':>8} {'attn MB':>8} "
+    f"{'error':>7} {'noise':>7} {'compile s':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     start = f"{row['batch']:5d} {row['mode']:15} {row['side']:5}"
     end = (
-        f"{row['bytes'][REST] / 1e6:8.1f} {row['bytes'][ATTENTION] / 1e6:8.1f} {row['error']:7.4f} "
+        f"{row['bytes'][REST] / 1e6:8.1f} {row['bytes'][ATTENTION] / 1e6:8.1f} {row['error']:7.4f} {row['noise']:7.4f} "
         f"{row['compile_s']:9.1f}{'' if row['right'] else '  wrong: further from eager than allowed'}"
     )
     if "step_ms" not in row:
