@@ -100,8 +100,8 @@ def quant_calls(device: torch.device | str) -> Iterator[tuple[Tensor, str]]:
 
 
 def integer_rows(rows: int, n: int) -> Tensor:
-    """float32 ``[rows, n]`` whose squares sum exactly in any order, up to a width of 10000."""
-    return torch.randint(-40, 41, (rows, n)).float()
+    """float32 ``[rows, n]`` whose squares sum exactly in any order, up to a width of 40000."""
+    return torch.randint(-20, 21, (rows, n)).float()
 
 
 #: Eight integers whose squares sum to 128.
@@ -281,6 +281,10 @@ def check_norm_edges() -> None:
     for name in ("rmsnorm_mxfp4_quant.with_norm", "rmsnorm_add_mxfp4_quant.default"):
         args, kwargs = next(norm_calls(name, lambda: integer_rows(19, 2080), 1e-6, "cpu"))
         assert_same(name, args, kwargs)
+    # Longer than registers hold, and not whole chunks.
+    for name in NORMS:
+        for args, kwargs in itertools.islice(norm_calls(name, lambda: integer_rows(2, 16416), 1e-6, "cpu"), 0, None, 5):
+            assert_same(name, args, kwargs)
 
 
 GROUPS = {"samples": check_samples, "quant": check_quant, "norm": check_norm, "norm-edges": check_norm_edges}

@@ -39,7 +39,9 @@ def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
     words = short and (rounds_last or not norms)
     return f | {
         "dtype": dtype,
-        "blocks": f.get("CHUNKS", 1) * max(f["TILE_BLOCKS"] * f.get("ROWS", 1) // threads, 1),
+        # Chunks that are read again are a loop in the code, too.
+        "blocks": (1 if f.get("REREAD") else f.get("CHUNKS", 1))
+        * max(f["TILE_BLOCKS"] * f.get("ROWS", 1) // threads, 1),
         "words": words,
         "lifted": words and dtype == "fp16",
         "rounded": short * (rounds_first + (rounds_last and not in_words)),

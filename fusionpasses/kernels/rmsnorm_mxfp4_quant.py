@@ -43,8 +43,8 @@ def launch_options(
     choices; other architectures take the plain one, a program for every row, as everyone does for few rows.
     """
     warp = arch.warp_size
-    # More than 512 blocks are taken in chunks of 256, as many as a thread's registers hold on every architecture.
-    tile_blocks = _next_power_of_2(row_blocks) if row_blocks <= 512 else 256
+    # Longer rows than registers hold are read twice, in chunks; the second time they come from a cache.
+    tile_blocks = min(_next_power_of_2(row_blocks), 512)
     chunks = -(-row_blocks // tile_blocks)
     rows_per_program = max(warp // tile_blocks, 1)
     stores = adds or stores_norm
@@ -59,10 +59,8 @@ def launch_options(
     # None: a program for every row.
     resident_warps: int | None = None
 
-    if not arch.hopper_ptx:
+    if not arch.hopper_ptx or chunks > 1:
         pass
-    elif chunks > 1:
-        resident_warps = 8 if stores else 16
     elif floats:
         if stores:
             max_registers = None if wide else 128
@@ -106,7 +104,7 @@ def launch_options(
         "CHUNKS": chunks,
         "AHEAD": ahead,
         "KEEP_WEIGHT": keep_weight,
-        "REREAD": floats and row_blocks > 512,
+        "REREAD": row_blocks > 512,
         # 3 % faster where x fits the L2, up to 15 % slower where it does not.
         "STREAM": not stores and keep_weight and chunks == 1 and rows * row_blocks * 32 * itemsize <= 40_000_000,
         "num_warps": num_warps,
@@ -119,29 +117,109 @@ def launch_options(
 
 
 @triton.jit
+def _load_block(base, block, inside, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    """A block for each thread, as four pieces; ``block`` counts from ``base``."""
+    pieces = ()
+    for p in tl.static_range(4):
+        pieces = pieces + (_mxfp4.load_piece(base, block * BLOCK + p * 8, inside, MASKED, EVICTION),)
+    return pieces
+
+
+@triton.jit
+def _store_block(base, block, pieces, mask, MASKED: tl.constexpr):
+    for p in tl.static_range(4):
+        _mxfp4.store_piece(base, block * BLOCK + p * 8, pieces[p], mask, MASKED)
+
+
+@triton.jit
 def _load_rows(
-    ptr,
-    row,
-    stride,
-    rows,
+    base,
+    exists,
     ROW_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     MASKED_ROWS: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Four pieces for each of the row's chunks; zeros past its end and for rows that do not exist."""
-    block = tl.arange(0, TILE_BLOCKS)[None, :]
-    pieces = ()
+    """Whole rows in registers, a tuple of chunks; zeros past a row's end and for rows that do not exist."""
+    chunks = ()
     for c in tl.static_range(CHUNKS):
-        mask = (block + c * TILE_BLOCKS < ROW_BLOCKS) & (row < rows)
-        for p in tl.static_range(4):
-            column = block * BLOCK + (c * TILE_BLOCKS * BLOCK + p * 8)
-            piece = _mxfp4.load_piece(
-                ptr + row * stride, column, mask, MASKED_ROWS or (c + 1) * TILE_BLOCKS > ROW_BLOCKS, EVICTION
-            )
-            pieces = pieces + (piece,)
-    return pieces
+        block = tl.arange(0, TILE_BLOCKS)[None, :] + c * TILE_BLOCKS
+        pieces = _load_block(
+            base, block, (block < ROW_BLOCKS) & exists, MASKED_ROWS or (c + 1) * TILE_BLOCKS > ROW_BLOCKS, EVICTION
+        )
+        chunks = chunks + (pieces,)
+    return chunks
+
+
+@triton.jit
+def _add_blocks(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+    total = ()
+    for p in tl.static_range(4):
+        total = total + (_mxfp4.add(a[p], b[p], dtype, PTX),)
+    return total
+
+
+@triton.jit
+def _add_squares(squares, pieces, dtype: tl.constexpr):
+    for p in tl.static_range(4):
+        squares += _mxfp4.sum_of_squares(_mxfp4.floats_of(pieces[p], dtype))
+    return squares
+
+
+@triton.jit
+def _normalize_and_quantize(
+    pieces,
+    weight,  # of the same columns; None: no weight
+    rstd,
+    block,
+    mask,
+    row_codes,
+    row_scales,
+    row_norm,  # None: the normed row is not stored
+    dtype: tl.constexpr,
+    weight_dtype: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCALE_ADDEND: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
+    ROUND_RESULT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    ROUNDS: tl.constexpr = ROUND_RESULT and dtype != tl.float32
+    WORDS: tl.constexpr = ROUNDS and PTX
+    # Rounded before the weight, the rest is arithmetic of x's dtype, two elements at a time.
+    IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and (weight is None or weight_dtype == dtype)
+    values = ()
+    for p in tl.static_range(4):
+        e = _mxfp4.times(_mxfp4.floats_of(pieces[p], dtype), rstd)
+        if ROUND_BEFORE_WEIGHT and dtype != tl.float32:
+            words = _mxfp4.to_words(e, dtype, PTX)
+            if not IN_WORDS:
+                e = _mxfp4.to_floats(words, dtype)
+        if weight is not None:
+            if IN_WORDS:
+                words = _mxfp4.multiply_words(words, weight[p], dtype, PTX)
+            else:
+                e = _mxfp4.multiply(e, _mxfp4.floats_of(weight[p], weight_dtype))
+        if ROUNDS:
+            if not IN_WORDS:
+                words = _mxfp4.to_words(e, dtype, PTX)
+            if not WORDS:
+                e = _mxfp4.to_floats(words, dtype)
+        if row_norm is not None:
+            if row_norm.dtype.scalar.element_ty == dtype and dtype != tl.float32:
+                normed = words
+            elif WORDS:
+                normed = _mxfp4.to_floats(words, dtype)
+            else:
+                normed = e
+            _mxfp4.store_piece(row_norm, block * BLOCK + p * 8, normed, mask, MASKED)
+        if WORDS:
+            values = values + (words,)
+        else:
+            values = values + (e,)
+    codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS)
+    _mxfp4.store_quantized(row_codes, row_scales, block, codes, scale, mask, MASKED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -161,9 +239,9 @@ def rmsnorm_mxfp4_quant(
     ROWS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    AHEAD: tl.constexpr,  # load the next row before this one is done
+    AHEAD: tl.constexpr,  # load the next row before this one is done; without a residual
     KEEP_WEIGHT: tl.constexpr,  # in registers, from the start
-    REREAD: tl.constexpr,  # the row does not fit the registers: read it again to quantise it
+    REREAD: tl.constexpr,  # the row does not fit the registers: chunk by chunk, and again to quantise it
     STREAM: tl.constexpr,  # tell L1 to keep the weight rather than rows
     SCALE_ADDEND: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,  # to x's dtype
@@ -171,15 +249,10 @@ def rmsnorm_mxfp4_quant(
     PTX: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    ROUNDS: tl.constexpr = ROUND_RESULT and dtype != tl.float32
-    WORDS: tl.constexpr = ROUNDS and PTX
+    weight_dtype: tl.constexpr = dtype if weight_ptr is None else weight_ptr.dtype.element_ty
     MASKED: tl.constexpr = ROWS > 1 or CHUNKS * TILE_BLOCKS > ROW_BLOCKS
     ROW_POLICY: tl.constexpr = "evict_first" if STREAM else ""
     WEIGHT_POLICY: tl.constexpr = "evict_last" if STREAM else ""
-    # Rounded before the weight, the rest is arithmetic of x's dtype, two elements at a time.
-    IN_WORDS: tl.constexpr = (
-        ROUND_BEFORE_WEIGHT and ROUNDS and (weight_ptr is None or weight_ptr.dtype.element_ty == dtype)
-    )
     if PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
@@ -191,133 +264,114 @@ def rmsnorm_mxfp4_quant(
     step = tl.num_programs(0).to(tl.int64) * ROWS
 
     if AHEAD:
+        row = first + within
         next_x = _load_rows(
-            x_ptr, first + within, x_row_stride, rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY
+            x_ptr + row * x_row_stride, row < rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY
         )
-        if residual_ptr is not None:
-            next_residual = _load_rows(
-                residual_ptr,
-                first + within,
-                residual_row_stride,
-                rows,
-                ROW_BLOCKS,
-                TILE_BLOCKS,
-                CHUNKS,
-                ROWS > 1,
-                ROW_POLICY,
-            )
     if KEEP_WEIGHT and weight_ptr is not None:
         # As many rows as the tile has, all the same one: a smaller tensor than a tile gets another layout.
         no_row = tl.zeros([ROWS, 1], tl.int64)
-        weight = _load_rows(weight_ptr, no_row, 0, 1, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, False, WEIGHT_POLICY)
+        all_weight = _load_rows(weight_ptr + no_row, no_row == 0, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, False, WEIGHT_POLICY)
 
     for start in tl.range(first, rows, step, num_stages=1):
         row = start + within
-        if AHEAD:
-            # After the last row, that one once more: cheaper than a mask on every load.
-            ahead = tl.minimum(row + step, rows - 1)
-            x = next_x
-            next_x = _load_rows(x_ptr, ahead, x_row_stride, rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY)
-            if residual_ptr is not None:
-                residual = next_residual
-                next_residual = _load_rows(
-                    residual_ptr,
-                    ahead,
-                    residual_row_stride,
-                    rows,
-                    ROW_BLOCKS,
-                    TILE_BLOCKS,
-                    CHUNKS,
-                    ROWS > 1,
-                    ROW_POLICY,
-                )
-        else:
-            x = _load_rows(x_ptr, row, x_row_stride, rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY)
-            if residual_ptr is not None:
-                residual = _load_rows(
-                    residual_ptr,
-                    row,
-                    residual_row_stride,
-                    rows,
-                    ROW_BLOCKS,
-                    TILE_BLOCKS,
-                    CHUNKS,
-                    ROWS > 1,
-                    ROW_POLICY,
-                )
+        row_x = x_ptr + row * x_row_stride
+        if residual_ptr is not None:
+            row_residual = residual_ptr + row * residual_row_stride
+            row_sum = sum_ptr + row * (ROW_BLOCKS * BLOCK)
+        row_codes = codes_ptr + row * (ROW_BLOCKS * BLOCK // 2)
+        row_scales = scales_ptr + row * ROW_BLOCKS
+        row_norm = None if norm_ptr is None else norm_ptr + row * (ROW_BLOCKS * BLOCK)
 
-        kept = ()
         squares = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
-        for c in tl.static_range(CHUNKS):
-            mask = (block0 + c * TILE_BLOCKS < ROW_BLOCKS) & (row < rows)
-            for p in tl.static_range(4):
-                piece = x[c * 4 + p]
+        if REREAD:
+            for c in range(CHUNKS):
+                block = block0 + c * TILE_BLOCKS
+                mask = (block < ROW_BLOCKS) & (row < rows)
+                pieces = _load_block(row_x, block, mask, MASKED, "")
+                if residual_ptr is not None:
+                    residual = _load_block(row_residual, block, mask, MASKED, "")
+                    pieces = _add_blocks(pieces, residual, dtype, PTX)
+                    _store_block(row_sum, block, pieces, mask, MASKED)
+                squares = _add_squares(squares, pieces, dtype)
+        else:
+            if AHEAD:
+                # After the last row, that one once more: cheaper than a mask on every load.
+                ahead = tl.minimum(row + step, rows - 1)
+                x = next_x
+                next_x = _load_rows(
+                    x_ptr + ahead * x_row_stride, ahead < rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY
+                )
+            else:
+                x = _load_rows(row_x, row < rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY)
+            if residual_ptr is not None:
+                residual = _load_rows(row_residual, row < rows, ROW_BLOCKS, TILE_BLOCKS, CHUNKS, ROWS > 1, ROW_POLICY)
+            kept = ()
+            for c in tl.static_range(CHUNKS):
+                pieces = x[c]
                 if residual_ptr is not None:
                     # What is normed is the rounded sum, the one that later layers read.
-                    piece = _mxfp4.add(piece, residual[c * 4 + p], dtype, PTX)
-                    column = block0 * BLOCK + (c * TILE_BLOCKS * BLOCK + p * 8)
-                    _mxfp4.store_piece(sum_ptr + row * (ROW_BLOCKS * BLOCK), column, piece, mask, MASKED)
-                squares += _mxfp4.sum_of_squares(_mxfp4.floats_of(piece, dtype))
-                if not REREAD:
-                    kept = kept + (piece,)
+                    pieces = _add_blocks(pieces, residual[c], dtype, PTX)
+                    block = block0 + c * TILE_BLOCKS
+                    _store_block(row_sum, block, pieces, (block < ROW_BLOCKS) & (row < rows), MASKED)
+                squares = _add_squares(squares, pieces, dtype)
+                kept = kept + (pieces,)
         total = tl.sum(squares, axis=1)
         mean_square = tl.div_rn(total, ROW_BLOCKS * 32.0)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
 
-        for c in tl.static_range(CHUNKS):
-            mask = (block0 + c * TILE_BLOCKS < ROW_BLOCKS) & (row < rows)
-            values = ()
-            for p in tl.static_range(4):
-                column = block0 * BLOCK + (c * TILE_BLOCKS * BLOCK + p * 8)
-                if not REREAD:
-                    piece = kept[c * 4 + p]
+        if REREAD:
+            for c in range(CHUNKS):
+                block = block0 + c * TILE_BLOCKS
+                mask = (block < ROW_BLOCKS) & (row < rows)
+                # The inputs, not the sum: another thread may have stored that.
+                pieces = _load_block(row_x, block, mask, MASKED, "")
+                if residual_ptr is not None:
+                    residual = _load_block(row_residual, block, mask, MASKED, "")
+                    pieces = _add_blocks(pieces, residual, dtype, PTX)
+                weight = None if weight_ptr is None else _load_block(weight_ptr, block, block < ROW_BLOCKS, MASKED, "")
+                _normalize_and_quantize(
+                    pieces,
+                    weight,
+                    rstd,
+                    block,
+                    mask,
+                    row_codes,
+                    row_scales,
+                    row_norm,
+                    dtype,
+                    weight_dtype,
+                    MASKED,
+                    SCALE_ADDEND,
+                    ROUND_BEFORE_WEIGHT,
+                    ROUND_RESULT,
+                    PTX,
+                )
+        else:
+            for c in tl.static_range(CHUNKS):
+                block = block0 + c * TILE_BLOCKS
+                if weight_ptr is None:
+                    weight = None
+                elif KEEP_WEIGHT:
+                    weight = all_weight[c]
                 else:
-                    # The inputs, not the sum: another thread may have stored that.
-                    piece = _mxfp4.load_piece(x_ptr + row * x_row_stride, column, mask, MASKED, "")
-                    if residual_ptr is not None:
-                        again = _mxfp4.load_piece(residual_ptr + row * residual_row_stride, column, mask, MASKED, "")
-                        piece = _mxfp4.add(piece, again, dtype, PTX)
-                e = _mxfp4.times(_mxfp4.floats_of(piece, dtype), rstd)
-                if ROUND_BEFORE_WEIGHT and dtype != tl.float32:
-                    words = _mxfp4.to_words(e, dtype, PTX)
-                    if not IN_WORDS:
-                        e = _mxfp4.to_floats(words, dtype)
-                if weight_ptr is not None:
-                    if KEEP_WEIGHT:
-                        w = weight[c * 4 + p]
-                    else:
-                        inside = block0 + c * TILE_BLOCKS < ROW_BLOCKS
-                        w = _mxfp4.load_piece(
-                            weight_ptr, column, inside, (c + 1) * TILE_BLOCKS > ROW_BLOCKS, WEIGHT_POLICY
-                        )
-                    if IN_WORDS:
-                        words = _mxfp4.multiply_words(words, w, dtype, PTX)
-                    else:
-                        e = _mxfp4.multiply(e, _mxfp4.floats_of(w, weight_ptr.dtype.element_ty))
-                if ROUNDS:
-                    if not IN_WORDS:
-                        words = _mxfp4.to_words(e, dtype, PTX)
-                    if not WORDS:
-                        e = _mxfp4.to_floats(words, dtype)
-                if norm_ptr is not None:
-                    if norm_ptr.dtype.element_ty == dtype and dtype != tl.float32:
-                        piece = words
-                    elif WORDS:
-                        piece = _mxfp4.to_floats(words, dtype)
-                    else:
-                        piece = e
-                    _mxfp4.store_piece(norm_ptr + row * (ROW_BLOCKS * BLOCK), column, piece, mask, MASKED)
-                if WORDS:
-                    values = values + (words,)
-                else:
-                    values = values + (e,)
-            codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS)
-            _mxfp4.store_quantized(
-                codes_ptr + (row * ROW_BLOCKS + c * TILE_BLOCKS) * (BLOCK // 2),
-                scales_ptr + (row * ROW_BLOCKS + c * TILE_BLOCKS),
-                block0,
-                codes,
-                scale,
-                mask,
-                MASKED,
-            )
+                    weight = _load_block(
+                        weight_ptr, block, block < ROW_BLOCKS, (c + 1) * TILE_BLOCKS > ROW_BLOCKS, WEIGHT_POLICY
+                    )
+                _normalize_and_quantize(
+                    kept[c],
+                    weight,
+                    rstd,
+                    block,
+                    (block < ROW_BLOCKS) & (row < rows),
+                    row_codes,
+                    row_scales,
+                    row_norm,
+                    dtype,
+                    weight_dtype,
+                    MASKED,
+                    SCALE_ADDEND,
+                    ROUND_BEFORE_WEIGHT,
+                    ROUND_RESULT,
+                    PTX,
+                )
