@@ -44,7 +44,7 @@ def launch_options(
     """
     warp = arch.warp_size
     # Longer rows than registers hold are read twice, in chunks; the second time they come from a cache.
-    tile_blocks = min(_next_power_of_2(row_blocks), 512)
+    tile_blocks = _next_power_of_2(row_blocks) if row_blocks <= 512 else 256
     chunks = -(-row_blocks // tile_blocks)
     rows_per_program = max(warp // tile_blocks, 1)
     stores = adds or stores_norm
