@@ -20,6 +20,7 @@ most 30 up to N = 32768.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -34,13 +35,19 @@ def _next_power_of_2(n: int) -> int:
 
 
 def launch_options(
-    rows: int, row_blocks: int, itemsize: int, weight_itemsize: int, adds: bool, stores_norm: bool, arch: Arch
+    rows: int,
+    row_blocks: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    adds: bool,
+    stores_norm: bool,
+    arch: Arch,
 ) -> tuple[dict[str, int | bool | None], int]:
     """Tile and compile options for this many rows of this many blocks, and how many programs to start.
 
-    Item sizes are in bytes; ``weight_itemsize`` is 0 without a weight. Measured on an H200 (132 multiprocessors),
-    mostly in bfloat16, at widths 512 to 32768 and 64 to 32768 rows, in CUDA graphs. sm_100 and sm_120 take the same
-    choices; other architectures take the plain one, a program for every row, as everyone does for few rows.
+    Measured on an H200 (132 multiprocessors), mostly in bfloat16, at widths 512 to 32768 and 64 to 32768 rows, in CUDA
+    graphs. sm_100 and sm_120 take the same choices; other architectures take the plain one, a program for every row, as
+    everyone does for few rows.
     """
     warp = arch.warp_size
     # Longer rows than registers hold are read twice, in chunks; the second time they come from a cache.
@@ -50,7 +57,7 @@ def launch_options(
     stores = adds or stores_norm
     few = rows <= arch.processors
     wide = row_blocks > 256
-    floats = max(itemsize, weight_itemsize) == 4
+    floats = torch.float32 in (dtype, weight_dtype)
     ahead = False
     # The weight in registers, loaded with the first row: that hides its latency, if the registers suffice.
     keep_weight = not wide or (few and chunks == 1)
@@ -66,16 +73,20 @@ def launch_options(
             max_registers = None if wide else 128
         elif not few:
             ahead, resident_warps = True, 16
-            keep_weight = not wide or itemsize == 2
+            keep_weight = not wide or dtype != torch.float32
     elif stores:
         # A program for every row is best, for stores give the loads of other rows time. ptxas has to be told that more
         # registers are welcome, or it loads x after the residual to save some.
-        if not wide:
-            masked = tile_blocks != row_blocks
+        if not wide and dtype == torch.bfloat16:
+            # Masked, the loads come early with fewer, and more programs fit.
+            masked = tile_blocks != row_blocks and rows_per_program == 1
             max_registers = 80 if masked and not stores_norm else 96
+        elif not wide:
+            # Lifting small blocks takes registers of its own; with a stored norm ptxas is left to itself.
+            max_registers = None if stores_norm else 96
         elif not few and rows < 16 * arch.processors:
             max_registers, resident_warps = 96, 16
-        elif not few:
+        elif not few and not stores_norm and dtype == torch.bfloat16:
             max_registers = 64
     elif few:
         pass
@@ -106,7 +117,7 @@ def launch_options(
         "KEEP_WEIGHT": keep_weight,
         "REREAD": row_blocks > 512,
         # 3 % faster where x fits the L2, up to 15 % slower where it does not.
-        "STREAM": not stores and keep_weight and chunks == 1 and rows * row_blocks * 32 * itemsize <= 40_000_000,
+        "STREAM": not stores and keep_weight and chunks == 1 and rows * row_blocks * 32 * dtype.itemsize <= 40_000_000,
         "num_warps": num_warps,
         # Whether it is on otherwise depends on the Triton version.
         "enable_fp_fusion": False,

@@ -169,8 +169,8 @@ def _launch_norm(
     options, programs = norm_kernel.launch_options(
         rows,
         row_blocks,
-        x.element_size(),
-        0 if weight is None else weight.element_size(),
+        x.dtype,
+        None if weight is None else weight.dtype,
         residual is not None,
         norm is not None,
         gpu,
