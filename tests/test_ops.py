@@ -29,7 +29,8 @@ def test_opcheck(op, i, sample):
 def test_fake_gives_the_shapes_dtypes_and_strides_of_the_real_op(op):
     for args, kwargs in op.samples(CPU):
         real, fake = op.overload(*args, **kwargs), op.fake(*args, **kwargs)
-        for r, f in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, fake)), strict=True):
+        real, fake = ((t,) if isinstance(t, torch.Tensor) else t or () for t in (real, fake))
+        for r, f in zip(real, fake, strict=True):
             assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
             assert r.is_contiguous()
 

@@ -3,7 +3,23 @@
 Each module declares one op packet: contract (docstring), check, reference, fake, samples.
 """
 
-from fusionpasses.ops import dynamic_mxfp4_quant, mxfp4_gemm, rmsnorm_add_mxfp4_quant, rmsnorm_mxfp4_quant
+from fusionpasses.ops import (
+    concat_and_cache_mla,
+    dynamic_mxfp4_quant,
+    fused_rope_mla_kv_cache,
+    mxfp4_gemm,
+    rmsnorm_add_mxfp4_quant,
+    rmsnorm_mxfp4_quant,
+)
 from fusionpasses.ops._op import OPS, Op
 
-__all__ = ["OPS", "Op", "dynamic_mxfp4_quant", "mxfp4_gemm", "rmsnorm_add_mxfp4_quant", "rmsnorm_mxfp4_quant"]
+__all__ = [
+    "OPS",
+    "Op",
+    "concat_and_cache_mla",
+    "dynamic_mxfp4_quant",
+    "fused_rope_mla_kv_cache",
+    "mxfp4_gemm",
+    "rmsnorm_add_mxfp4_quant",
+    "rmsnorm_mxfp4_quant",
+]
