@@ -77,10 +77,12 @@ def launch_options(
     elif stores:
         # A program for every row is best, for stores give the loads of other rows time. ptxas has to be told that more
         # registers are welcome, or it loads x after the residual to save some.
-        if not wide and dtype == torch.bfloat16:
+        if rows_per_program > 1:
+            pass
+        elif not wide and dtype == torch.bfloat16:
             # Masked, the loads come early with fewer, and more programs fit.
-            masked = tile_blocks != row_blocks and rows_per_program == 1
-            max_registers = 80 if masked and not stores_norm else 96
+            masked = tile_blocks != row_blocks
+            max_registers = 80 if masked and not stores_norm and arch.name == "sm_90" else 96
         elif not wide:
             # Lifting small blocks takes registers of its own; with a stored norm ptxas is left to itself.
             max_registers = None if stores_norm else 96
