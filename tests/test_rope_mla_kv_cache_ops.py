@@ -727,7 +727,7 @@ def test_compiled_writes_the_same_rows_and_no_others(how, dynamic):
 
 
 #: Inductor loses the symbolic offset of a view of a mutated argument: the first layer is written in place of another.
-LOST_OFFSET = pytest.mark.xfail(reason="pytorch/pytorch#198068, open as of torch 2.13", strict=False)
+LOST_OFFSET = pytest.mark.xfail(reason="pytorch/pytorch#198068, open as of torch 2.13", strict=True)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=LOST_OFFSET)])
