@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import test_rope_mla_kv_cache_kernel as rope_calls
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,9 @@ pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 ours = torch.ops.fusionpasses
 QUANT = "dynamic_mxfp4_quant.default"
-NAMES = [name for name in OPS if providers.verdict("triton", name, "cuda")]
+EVERY_NAME = [name for name in OPS if providers.verdict("triton", name, "cuda")]
+NAMES = [name for name in EVERY_NAME if "mxfp4" in name]
+CACHE_WRITES = [name for name in EVERY_NAME if "mla" in name]
 
 
 # ---- a GPU that is not there
@@ -103,9 +106,13 @@ def recorder() -> Iterator[Recorder]:
 
 
 def _kernels() -> list[Any]:
-    from fusionpasses.kernels import dynamic_mxfp4_quant, rmsnorm_mxfp4_quant
+    from fusionpasses.kernels import dynamic_mxfp4_quant, rmsnorm_mxfp4_quant, rope_mla_kv_cache
 
-    return [dynamic_mxfp4_quant.dynamic_mxfp4_quant, rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant]
+    return [
+        dynamic_mxfp4_quant.dynamic_mxfp4_quant,
+        rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
+        rope_mla_kv_cache.rope_mla_kv_cache,
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +156,28 @@ class Call:
         }
 
     def run(self, recorder: Recorder) -> list[Any]:
-        """Launches and outputs, told without addresses."""
-        args, kwargs = self.arguments()
-        packet, overload = self.name.split(".")
-        recorder.launches.clear()
-        with torch.no_grad():
-            outputs = getattr(getattr(ours, packet), overload)(*args, **kwargs)
-        told: list[Any] = [(output.shape, output.stride(), output.dtype) for output in outputs]
-        for launched in recorder.launches:
-            told += [launched.kernel, launched.grid]
-            for value in launched.args:
-                same = [place for place, tensor in enumerate([*args, *outputs]) if value is tensor]
-                if isinstance(value, Tensor):
-                    told.append(same or (value.shape, value.stride(), value.dtype, value.data_ptr() % 16))
-                else:
-                    told.append((type(value), repr(value)))
-        return told
+        return told(recorder, self.name, *self.arguments())
+
+
+def told(recorder: Recorder, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Launches and outputs of a call, without addresses."""
+    recorder.launches.clear()
+    with torch.no_grad():
+        outputs = as_tuple(OPS[name].overload(*args, **kwargs))
+    result: list[Any] = [(output.shape, output.stride(), output.dtype) for output in outputs]
+    for launched in recorder.launches:
+        result += [launched.kernel, launched.grid]
+        for value in launched.args:
+            same = [place for place, tensor in enumerate([*args, *kwargs.values(), *outputs]) if value is tensor]
+            if isinstance(value, Tensor):
+                result.append(same or (value.shape, value.stride(), value.dtype, value.data_ptr() % 16))
+            else:
+                result.append((type(value), repr(value)))
+    return result
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
 
 
 def _rows(leading: tuple[int, ...], n: int, dtype: torch.dtype, offset: int, padding: int) -> Tensor:
@@ -232,6 +245,18 @@ def test_every_respect_is_seen(recorder: Recorder, field: str) -> None:
         assert [call.run(recorder) for call in calls] == alone
 
 
+@pytest.mark.parametrize("name", CACHE_WRITES)
+def test_every_cache_write_launches_the_same_whatever_was_called_before(recorder: Recorder, name: str) -> None:
+    calls = [rope_calls.Draw(seed, "cpu").call(name) for seed in range(40)]
+    alone = []
+    for args, kwargs in calls:
+        _launch.forget()
+        alone.append(told(recorder, name, args, kwargs))
+    _launch.forget()
+    for _ in range(2):
+        assert [told(recorder, name, args, kwargs) for args, kwargs in calls] == alone
+
+
 def _values(field: str) -> list[Any]:
     return [False, True] if field in ("transposed", "wide_norm") else list(FIELDS[field].elements)  # type: ignore[attr-defined]
 
@@ -252,14 +277,19 @@ def full_calls(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> list[str]
     return ran
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_NAME)
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_second_call_is_replayed(full_calls: list[str], name: str, guard: Any) -> None:
-    args, kwargs = Call(name).arguments()
+    args, kwargs = Call(name).arguments() if name in NAMES else next(iter(OPS[name].samples(torch.device("cpu"))))
+    versions = []
     with guard():
-        first = OPS[name].overload(*args, **kwargs)
-        again = OPS[name].overload(*args, **kwargs)
+        first, again = [], []
+        for outputs in (first, again):
+            outputs += as_tuple(OPS[name].overload(*args, **kwargs))
+            versions += [value._version for value in args if name in CACHE_WRITES and value.shape == (12, 24)]
     assert full_calls == [name]
+    # Autograd is told of the write, replayed or not.
+    assert versions == sorted(set(versions))
     for one, two in zip(first, again, strict=True):
         assert (one.shape, one.stride(), one.dtype, one.device) == (two.shape, two.stride(), two.dtype, two.device)
         assert one.data_ptr() != two.data_ptr()

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pathlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 
 from fusionpasses.ops import OPS
@@ -292,36 +291,7 @@ GROUPS = {"samples": check_samples, "quant": check_quant, "norm": check_norm, "n
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted(group: str) -> None:
-    root = pathlib.Path(__file__).resolve().parent.parent
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, __file__, group],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def _cast_bfloat16_as_gpus_do() -> None:
-    """The interpreter's own casts drop the low bits instead of rounding, and lose some subnormals."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def patched(self: Any, src: Any, dst_type: Any) -> Any:
-        pair = (src.dtype.scalar, dst_type.scalar)
-        if pair == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(src.data.copy()).bfloat16()
-            return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
-        if pair == (tl.bfloat16, tl.float32):
-            return TensorHandle((src.data.astype("uint32") << 16).view("float32"), tl.float32)
-        return cast(self, src, dst_type)
-
-    InterpreterBuilder.cast_impl = patched
+    triton_interpreter.run(__file__, group)
 
 
 # ---- the adapters' view of strides
@@ -498,5 +468,5 @@ if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("set TRITON_INTERPRET=1")
     torch.manual_seed(0)
-    _cast_bfloat16_as_gpus_do()
+    triton_interpreter.cast_bfloat16_as_gpus_do()
     GROUPS[sys.argv[1]]()

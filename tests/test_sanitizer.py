@@ -30,6 +30,10 @@ def make_calls() -> None:
     from fusionpasses.providers.triton import ADAPTERS
 
     for name, adapter in ADAPTERS.items():
+        if "mla" in name:
+            for args, kwargs in OPS[name].samples(torch.device("cuda")):
+                adapter(*args, **kwargs)
+            continue
         for rows, n in SHAPES:
             tensors = [torch.randn(rows, n, device="cuda").bfloat16() for _ in range(1 + ("add" in name))]
             if OPS[name].overload._schema.arguments[1].name == "scale_mode":

@@ -1,11 +1,10 @@
 """MXFP4 arithmetic shared by the kernels; a thread has whole blocks of 32 elements.
 
-Layout. A thread loads eight elements as a *piece*: four 32-bit words of a 16-bit dtype in one load of 16 bytes, or
-eight float32 in two. A piece is a tuple of tensors ``[ROWS, BLOCKS]``, and four of them are a block. So the scale needs
-no exchange between threads, everything is elementwise, and the 16 bytes of codes are made in the thread that loaded the
-elements: no layout conversion, no shared memory. A warp's loads are 64 bytes apart; L1 puts them together. With a
-quarter of a block in each thread loads are next to each other, but an H200 takes 85 us instead of 71 for 16384 x 7168
-in bfloat16, because what is done once for a block is then done four times.
+Layout. Four pieces (``_pieces.py``) are a block. So the scale needs no exchange between threads, everything is
+elementwise, and the 16 bytes of codes are made in the thread that loaded the elements: no layout conversion, no shared
+memory. A warp's loads are 64 bytes apart; L1 puts them together. With a quarter of a block in each thread loads are
+next to each other, but an H200 takes 85 us instead of 71 for 16384 x 7168 in bfloat16, because what is done once for a
+block is then done four times.
 
 Rounding. E2M1's magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 have the codes 0 to 7, and with ties to even codes::
 
@@ -18,18 +17,20 @@ s = 2. The third part is ``s / 2 + 2**k``. Both sums have the bits ``bits(M) + c
 power of two, there is exactly one rounding, whatever the dtype the sum is made in: float32 (k = 23), bfloat16 (k = 7)
 or float16 (k = 10).
 
-PTX. Where ``PTX`` is set (sm_90 and later), two elements of a 16-bit dtype share a register and an instruction. It
-rounds as the portable form does, so the bytes are the same.
+PTX. Where ``PTX`` is set (sm_90 and later), codes of two elements are made at once, in the arithmetic of their 16-bit
+dtype. It rounds as the portable form does, so the bytes are the same.
 """
 
-# ruff: noqa: RET505, RUF005
+# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-# (Triton needs the else of a constexpr if, and does not know (*a, b); tuples grow.)
+# (Triton does not know (*a, b); tuples grow.)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fusionpasses.kernels import _pieces
 
 #: Elements that share a scale.
 BLOCK = tl.constexpr(32)
@@ -75,140 +76,6 @@ _CODES_FP16_SATURATE = tl.constexpr(_codes_ptx("f16x2", 0x63FC, 0x6400, saturate
 
 
 @triton.jit
-def split4(t):
-    """``[ROWS, BLOCKS, 4]`` to four ``[ROWS, BLOCKS]``."""
-    even, odd = tl.split(tl.reshape(t, [t.shape[0], t.shape[1], 2, 2]))
-    t0, t2 = tl.split(even)
-    t1, t3 = tl.split(odd)
-    return t0, t1, t2, t3
-
-
-@triton.jit
-def join4(t):
-    return tl.reshape(tl.join(tl.join(t[0], t[2]), tl.join(t[1], t[3])), [t[0].shape[0], t[0].shape[1], 4])
-
-
-@triton.jit
-def _packed(instruction: tl.constexpr, a, b):
-    """A PTX instruction of two operands, on words."""
-    return tl.inline_asm_elementwise(instruction, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _low(word, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        return (word << 16).to(tl.float32, bitcast=True)
-    else:
-        return word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _high(word, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        return (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        return (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _rounded_bits(value, dtype: tl.constexpr):
-    return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
-
-
-@triton.jit
-def _pack(low, high, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Two float32, rounded to a 16-bit dtype, in one word."""
-    if PTX and dtype == tl.bfloat16:
-        return _packed("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)
-    elif PTX:
-        return _packed("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
-    else:
-        return _rounded_bits(low, dtype) | (_rounded_bits(high, dtype) << 16)
-
-
-@triton.jit
-def _multiply(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Products of the halves. A float32 product of two 16-bit numbers is exact, so both forms round once."""
-    if PTX and dtype == tl.bfloat16:
-        return _packed("mul.rn.bf16x2 $0, $1, $2;", a, b)
-    elif PTX:
-        return _packed("mul.rn.f16x2 $0, $1, $2;", a, b)
-    else:
-        return _pack(_low(a, dtype) * _low(b, dtype), _high(a, dtype) * _high(b, dtype), dtype, PTX)
-
-
-@triton.jit
-def _add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Sums of the halves. float32 has over twice the precision of either dtype, so rounding twice changes nothing."""
-    if PTX and dtype == tl.bfloat16:
-        return _packed("add.rn.bf16x2 $0, $1, $2;", a, b)
-    elif PTX:
-        return _packed("add.rn.f16x2 $0, $1, $2;", a, b)
-    else:
-        return _pack(_low(a, dtype) + _low(b, dtype), _high(a, dtype) + _high(b, dtype), dtype, PTX)
-
-
-@triton.jit
-def add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Sum of two loaded pieces of ``dtype``."""
-    if dtype == tl.float32:
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
-    else:
-        return (
-            _add(a[0], b[0], dtype, PTX),
-            _add(a[1], b[1], dtype, PTX),
-            _add(a[2], b[2], dtype, PTX),
-            _add(a[3], b[3], dtype, PTX),
-        )
-
-
-@triton.jit
-def to_words(e, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Eight float32, rounded to a 16-bit dtype, as four words."""
-    return (
-        _pack(e[0], e[1], dtype, PTX),
-        _pack(e[2], e[3], dtype, PTX),
-        _pack(e[4], e[5], dtype, PTX),
-        _pack(e[6], e[7], dtype, PTX),
-    )
-
-
-@triton.jit
-def to_floats(w, dtype: tl.constexpr):
-    """Four words of a 16-bit dtype as eight float32."""
-    return (
-        _low(w[0], dtype),
-        _high(w[0], dtype),
-        _low(w[1], dtype),
-        _high(w[1], dtype),
-        _low(w[2], dtype),
-        _high(w[2], dtype),
-        _low(w[3], dtype),
-        _high(w[3], dtype),
-    )
-
-
-@triton.jit
-def multiply_words(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
-    return (
-        _multiply(a[0], b[0], dtype, PTX),
-        _multiply(a[1], b[1], dtype, PTX),
-        _multiply(a[2], b[2], dtype, PTX),
-        _multiply(a[3], b[3], dtype, PTX),
-    )
-
-
-@triton.jit
-def multiply(e, w):
-    return e[0] * w[0], e[1] * w[1], e[2] * w[2], e[3] * w[3], e[4] * w[4], e[5] * w[5], e[6] * w[6], e[7] * w[7]
-
-
-@triton.jit
-def times(e, f):
-    return e[0] * f, e[1] * f, e[2] * f, e[3] * f, e[4] * f, e[5] * f, e[6] * f, e[7] * f
-
-
-@triton.jit
 def sum_of_squares(e):
     # Contraction is asked for here, so that it is the same on every target. Squares of 16-bit numbers are exact anyway.
     s = e[0] * e[0]
@@ -222,60 +89,6 @@ def sum_of_squares(e):
 
 
 @triton.jit
-def _four(ptr):
-    """Pointers to four neighbours, along a last axis."""
-    return ptr[:, :, None] + tl.arange(0, 4)[None, None, :]
-
-
-@triton.jit
-def _load4(ptr, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    if MASKED:
-        return split4(tl.load(_four(ptr), mask=mask[:, :, None], other=0, eviction_policy=EVICTION))
-    else:
-        return split4(tl.load(_four(ptr), eviction_policy=EVICTION))
-
-
-@triton.jit
-def _store4(ptr, values, mask, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(_four(ptr), join4(values), mask=mask[:, :, None])
-    else:
-        tl.store(_four(ptr), join4(values))
-
-
-@triton.jit
-def load_piece(base, column, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    """Eight elements per thread from ``base + column``: four words of a 16-bit dtype, or eight float32.
-
-    ``base`` is a pointer (or pointers) to the dtype, ``column`` counts elements and is a multiple of eight. Where the
-    mask is off (looked at if ``MASKED``), zeros.
-    """
-    if base.dtype.scalar.element_ty == tl.float32:
-        return _load4(base + column, mask, MASKED, EVICTION) + _load4(base + (column + 4), mask, MASKED, EVICTION)
-    else:
-        return _load4(base.to(tl.pointer_type(tl.uint32)) + column // 2, mask, MASKED, EVICTION)
-
-
-@triton.jit
-def store_piece(base, column, piece, mask, MASKED: tl.constexpr):
-    """The other way round; ``piece`` as load_piece gives it."""
-    if base.dtype.scalar.element_ty == tl.float32:
-        _store4(base + column, (piece[0], piece[1], piece[2], piece[3]), mask, MASKED)
-        _store4(base + (column + 4), (piece[4], piece[5], piece[6], piece[7]), mask, MASKED)
-    else:
-        _store4(base.to(tl.pointer_type(tl.uint32)) + column // 2, piece, mask, MASKED)
-
-
-@triton.jit
-def floats_of(piece, dtype: tl.constexpr):
-    """A loaded piece as eight float32."""
-    if dtype == tl.float32:
-        return piece
-    else:
-        return to_floats(piece, dtype)
-
-
-@triton.jit
 def _magnitudes(w):
     return w[0] & 0x7FFF7FFF, w[1] & 0x7FFF7FFF, w[2] & 0x7FFF7FFF, w[3] & 0x7FFF7FFF
 
@@ -284,7 +97,7 @@ def _magnitudes(w):
 def _amax_of_words(a):
     # As integers NaN > Inf > every finite magnitude, in each half.
     maximum: tl.constexpr = "max.u16x2 $0, $1, $2;"
-    return _packed(maximum, _packed(maximum, a[0], a[1]), _packed(maximum, a[2], a[3]))
+    return _pieces.packed(maximum, _pieces.packed(maximum, a[0], a[1]), _pieces.packed(maximum, a[2], a[3]))
 
 
 @triton.jit
@@ -357,29 +170,29 @@ def _quantize_floats(e, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr):
 def _quantize_words(w, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr):
     maximum: tl.constexpr = "max.u16x2 $0, $1, $2;"
     a = (_magnitudes(w[0]), _magnitudes(w[1]), _magnitudes(w[2]), _magnitudes(w[3]))
-    low = _packed(maximum, _amax_of_words(a[0]), _amax_of_words(a[1]))
-    amax = _packed(maximum, low, _packed(maximum, _amax_of_words(a[2]), _amax_of_words(a[3])))
+    low = _pieces.packed(maximum, _amax_of_words(a[0]), _amax_of_words(a[1]))
+    amax = _pieces.packed(maximum, low, _pieces.packed(maximum, _amax_of_words(a[2]), _amax_of_words(a[3])))
     # As float32 bits; the sign is clear, so the larger half is the larger integer.
     half = tl.maximum(amax & 0xFFFF, amax >> 16)
-    amax_bits = _low(half, dtype).to(tl.int32, bitcast=True)
+    amax_bits = _pieces.low(half, dtype).to(tl.int32, bitcast=True)
     exponent = _scale_exponent(amax_bits, SCALE_ADDEND)
     if dtype == tl.bfloat16:
         factor = ((256 - exponent) << 7) * 0x10001
-        half_factor = _multiply(factor, tl.full(factor.shape, 0x3F003F00, tl.uint32), dtype, True)
+        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x3F003F00, tl.uint32), dtype, True)
     else:
         # float16 ends at 2**15; small blocks are brought near first. That is exact: their elements are below 2**-10.
         # For blocks smaller than float16 can hold (that is zero) any factor does.
         power = tl.minimum(129 - exponent.to(tl.int32, bitcast=True), 27)
         lift = tl.where(power > 13, 13, 0)
         factor = (((power - lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
-        half_factor = _multiply(factor, tl.full(factor.shape, 0x38003800, tl.uint32), dtype, True)
+        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x38003800, tl.uint32), dtype, True)
         lift_factor = (((lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
         lifts = (lift_factor, lift_factor, lift_factor, lift_factor)
         a = (
-            multiply_words(a[0], lifts, dtype, True),
-            multiply_words(a[1], lifts, dtype, True),
-            multiply_words(a[2], lifts, dtype, True),
-            multiply_words(a[3], lifts, dtype, True),
+            _pieces.multiply_words(a[0], lifts, dtype, True),
+            _pieces.multiply_words(a[1], lifts, dtype, True),
+            _pieces.multiply_words(a[2], lifts, dtype, True),
+            _pieces.multiply_words(a[3], lifts, dtype, True),
         )
     codes = ()
     for p in tl.static_range(4):
@@ -411,7 +224,7 @@ def quantize(e, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, WORDS: tl.const
 def store_quantized(codes_ptr, scales_ptr, block, codes, scale, mask, MASKED: tl.constexpr):
     """Store what quantize gave; ``block`` counts blocks from both pointers."""
     word = block * 4
-    _store4(codes_ptr.to(tl.pointer_type(tl.uint32)) + word, codes, mask, MASKED)
+    _pieces.store4(codes_ptr.to(tl.pointer_type(tl.uint32)) + word, codes, mask, MASKED)
     # The same as scales_ptr + block, but hides from Triton that neighbouring bytes are neighbours: it would move the
     # scales through shared memory, with a barrier, to store them in fewer instructions.
     scale_at = scales_ptr + (word >> 2)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4
+from fusionpasses.kernels import _mxfp4, _pieces
 from fusionpasses.kernels._mxfp4 import BLOCK
 from fusionpasses.kernels.arch import Arch
 
@@ -63,12 +63,12 @@ def dynamic_mxfp4_quant(
     mask = start + block < row_blocks
     pieces = ()
     for p in tl.static_range(4):
-        pieces = pieces + (_mxfp4.load_piece(source, block * BLOCK + p * 8, mask, MASKED, ""),)
+        pieces = pieces + (_pieces.load_piece(source, block * BLOCK + p * 8, mask, MASKED, ""),)
     values = ()
     for p in tl.static_range(4):
         if WORDS:
             values = values + (pieces[p],)
         else:
-            values = values + (_mxfp4.floats_of(pieces[p], dtype),)
+            values = values + (_pieces.floats_of(pieces[p], dtype),)
     codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS)
     _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, block, codes, scale, mask, MASKED)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4
+from fusionpasses.kernels import _mxfp4, _pieces
 from fusionpasses.kernels._mxfp4 import BLOCK
 from fusionpasses.kernels.arch import Arch
 
@@ -40,10 +40,12 @@ def launch_options(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     adds: bool,
-    stores_norm: bool,
+    norm_dtype: torch.dtype | None,
     arch: Arch,
 ) -> tuple[dict[str, int | bool | None], int]:
     """Tile and compile options for this many rows of this many blocks, and how many programs to start.
+
+    ``norm_dtype`` is that of the normed row that is stored; None: it is not.
 
     Measured on an H200 (132 multiprocessors), mostly in bfloat16, at widths 512 to 32768 and 64 to 32768 rows, in CUDA
     graphs. sm_100 and sm_120 take the same choices; other architectures take the plain one, a program for every row, as
@@ -54,10 +56,11 @@ def launch_options(
     tile_blocks = _next_power_of_2(row_blocks) if row_blocks <= 512 else 256
     chunks = -(-row_blocks // tile_blocks)
     rows_per_program = max(warp // tile_blocks, 1)
+    stores_norm = norm_dtype is not None
     stores = adds or stores_norm
     few = rows <= arch.processors
     wide = row_blocks > 256
-    floats = torch.float32 in (dtype, weight_dtype)
+    floats = torch.float32 in (dtype, weight_dtype, norm_dtype)
     ahead = False
     # The weight in registers, loaded with the first row: that hides its latency, if the registers suffice.
     keep_weight = not wide or (few and chunks == 1)
@@ -66,8 +69,11 @@ def launch_options(
     # None: a program for every row.
     resident_warps: int | None = None
 
-    if not arch.hopper_ptx or chunks > 1:
+    if not arch.hopper_ptx:
         pass
+    elif chunks > 1:
+        # Left to itself ptxas spills a few bytes of float32 rather than take these.
+        max_registers = 128 if floats and stores else None
     elif floats:
         if stores:
             max_registers = None if wide else 128
@@ -134,14 +140,14 @@ def _load_block(base, block, inside, MASKED: tl.constexpr, EVICTION: tl.constexp
     """A block for each thread, as four pieces; ``block`` counts from ``base``."""
     pieces = ()
     for p in tl.static_range(4):
-        pieces = pieces + (_mxfp4.load_piece(base, block * BLOCK + p * 8, inside, MASKED, EVICTION),)
+        pieces = pieces + (_pieces.load_piece(base, block * BLOCK + p * 8, inside, MASKED, EVICTION),)
     return pieces
 
 
 @triton.jit
 def _store_block(base, block, pieces, mask, MASKED: tl.constexpr):
     for p in tl.static_range(4):
-        _mxfp4.store_piece(base, block * BLOCK + p * 8, pieces[p], mask, MASKED)
+        _pieces.store_piece(base, block * BLOCK + p * 8, pieces[p], mask, MASKED)
 
 
 @triton.jit
@@ -169,14 +175,14 @@ def _load_rows(
 def _add_blocks(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
     total = ()
     for p in tl.static_range(4):
-        total = total + (_mxfp4.add(a[p], b[p], dtype, PTX),)
+        total = total + (_pieces.add(a[p], b[p], dtype, PTX),)
     return total
 
 
 @triton.jit
 def _add_squares(squares, pieces, dtype: tl.constexpr):
     for p in tl.static_range(4):
-        squares += _mxfp4.sum_of_squares(_mxfp4.floats_of(pieces[p], dtype))
+        squares += _mxfp4.sum_of_squares(_pieces.floats_of(pieces[p], dtype))
     return squares
 
 
@@ -204,29 +210,29 @@ def _normalize_and_quantize(
     IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and (weight is None or weight_dtype == dtype)
     values = ()
     for p in tl.static_range(4):
-        e = _mxfp4.times(_mxfp4.floats_of(pieces[p], dtype), rstd)
+        e = _pieces.times(_pieces.floats_of(pieces[p], dtype), rstd)
         if ROUND_BEFORE_WEIGHT and dtype != tl.float32:
-            words = _mxfp4.to_words(e, dtype, PTX)
+            words = _pieces.to_words(e, dtype, PTX)
             if not IN_WORDS:
-                e = _mxfp4.to_floats(words, dtype)
+                e = _pieces.to_floats(words, dtype)
         if weight is not None:
             if IN_WORDS:
-                words = _mxfp4.multiply_words(words, weight[p], dtype, PTX)
+                words = _pieces.multiply_words(words, weight[p], dtype, PTX)
             else:
-                e = _mxfp4.multiply(e, _mxfp4.floats_of(weight[p], weight_dtype))
+                e = _pieces.multiply(e, _pieces.floats_of(weight[p], weight_dtype))
         if ROUNDS:
             if not IN_WORDS:
-                words = _mxfp4.to_words(e, dtype, PTX)
+                words = _pieces.to_words(e, dtype, PTX)
             if not WORDS:
-                e = _mxfp4.to_floats(words, dtype)
+                e = _pieces.to_floats(words, dtype)
         if row_norm is not None:
             if row_norm.dtype.scalar.element_ty == dtype and dtype != tl.float32:
                 normed = words
             elif WORDS:
-                normed = _mxfp4.to_floats(words, dtype)
+                normed = _pieces.to_floats(words, dtype)
             else:
                 normed = e
-            _mxfp4.store_piece(row_norm, block * BLOCK + p * 8, normed, mask, MASKED)
+            _pieces.store_piece(row_norm, block * BLOCK + p * 8, normed, mask, MASKED)
         if WORDS:
             values = values + (words,)
         else:

@@ -161,7 +161,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
     def cache(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    slots = torch.tensor([7, -1, 0, 11, 3], device=device)
+    slots = torch.tensor([7, -1, 0, 10, 3], device=device)
     positions = torch.tensor([4, 0, 8, 8, 2], device=device)
     bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
     scale = {"cache_scale": torch.tensor([0.75], device=device)}

@@ -26,6 +26,11 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
             "rmsnorm_mxfp4_quant.with_norm",
             "rmsnorm_add_mxfp4_quant.default",
             "rmsnorm_add_mxfp4_quant.with_norm",
+            "fused_rope_mla_kv_cache.default",
+            "fused_rope_mla_kv_cache.with_k",
+            "fused_rope_mla_kv_cache.absorbed",
+            "fused_rope_mla_kv_cache.absorbed_with_k",
+            "concat_and_cache_mla.default",
         }
     ),
 }

@@ -15,6 +15,7 @@ for each layer, because layers make equal calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
@@ -36,11 +37,13 @@ class _Launch(NamedTuple):
     compiled: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
+    mutates: tuple[Tensor, ...]
     constants: dict[str, Any]
 
 
-#: Launches for the arguments given, and returns the outputs; None if it must not be used now.
-_Plan = Callable[[tuple[Any, ...]], "tuple[Tensor, ...] | None"]
+#: Launches for the arguments given, and returns what the op does; _UNUSABLE if it must not be used now.
+_Plan = Callable[[tuple[Any, ...]], Any]
+_UNUSABLE = object()
 
 _every_plans: list[dict[tuple[Any, ...], _Plan]] = []
 
@@ -52,15 +55,24 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, mutates: tuple[Tensor, ...] = (), **constants: Any) -> None:
     """``kernel[grid](*args, **constants)``, and a promise: an equal call of the op may be replayed as this launch.
 
     That is, the adapter has allocated its outputs and does nothing else, except to copy an input that it launches the
-    copy of; such a call is not replayed.
+    copy of; such a call is not replayed. ``mutates`` are the inputs that the kernel writes to: autograd is told.
     """
     compiled = kernel[grid](*args, **constants)
+    if mutates:
+        torch.autograd.graph.increment_version(mutates)
     if _recording.launches is not None:
-        _recording.launches.append(_Launch(kernel, compiled, grid, args, constants))
+        _recording.launches.append(_Launch(kernel, compiled, grid, args, mutates, constants))
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +86,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
         plan = plans.get(key)
         if plan is not None:
             outputs = plan(values)
-            if outputs is not None:
+            if outputs is not _UNUSABLE:
                 return outputs
         launches: list[_Launch] = []
         outer, _recording.launches = _recording.launches, launches
@@ -121,23 +133,23 @@ def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | N
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction
 
-    kernel, compiled, grid, args, constants = launched
+    kernel, compiled, grid, args, mutates, constants = launched
     inputs = [value for value in values if isinstance(value, Tensor)]
+    made = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
     device = inputs[0].device
     if (
         torch.version.hip is not None
         or not isinstance(kernel, JITFunction)
         or not isinstance(compiled, CompiledKernel)  # interpreted, or still compiling
-        or not isinstance(outputs, tuple)
         # Which of the two would a later call mean?
         or len(set(map(id, inputs))) < len(inputs)
-        or not all(_is_fresh(output, device, inputs) for output in outputs)
+        or not all(_is_fresh(output, device, inputs) for output in made)
     ):
         return None
     bound = dict(zip(kernel.arg_names, args, strict=False)) | constants
     if not all(name in bound for name in kernel.arg_names):  # a default of the kernel
         return None
-    pool: list[Any] = [*values, *outputs]
+    pool: list[Any] = [*values, *made]
     places = {id(tensor): place for place, tensor in enumerate(pool) if isinstance(tensor, Tensor)}
     others: list[Any] = []
     order = []
@@ -150,6 +162,8 @@ def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | N
             order.append(places[id(value)])
         else:
             return None
+    if not all(id(tensor) in places for tensor in mutates):
+        return None
     return _replay(
         kernel,
         compiled,
@@ -157,7 +171,9 @@ def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | N
         operator.itemgetter(*order),
         tuple(others),
         device,
-        tuple((tuple(output.shape), output.stride(), output.dtype) for output in outputs),
+        tuple((tuple(output.shape), output.stride(), output.dtype) for output in made),
+        tuple(places[id(tensor)] for tensor in mutates),
+        (lambda made: made) if isinstance(outputs, tuple) else (lambda made: made[0] if made else None),
     )
 
 
@@ -181,6 +197,8 @@ def _replay(
     others: tuple[Any, ...],
     device: torch.device,
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...],
+    mutated: tuple[int, ...],
+    returned: Callable[[tuple[Tensor, ...]], Any],
 ) -> _Plan:
     from triton import knobs
 
@@ -190,7 +208,7 @@ def _replay(
     index = device.index
     current_device = torch.cuda.current_device
 
-    def replay(values: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    def replay(values: tuple[Any, ...]) -> Any:
         if index is not None and current_device() != index:
             # Both the allocator and Triton mean the current device.
             with torch.cuda.device(index):
@@ -200,11 +218,13 @@ def _replay(
             or compilation.instrumentation_mode != instrumentation
             or kernel.pre_run_hooks  # of a profiler or a test; they want Triton's own launch
         ):
-            return None
+            return _UNUSABLE
         made = tuple([empty(*output) for output in outputs])
         # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
         compiled[grid](*in_order((*values, *made, *others)))
-        return made
+        if mutated:
+            torch.autograd.graph.increment_version([values[place] for place in mutated])
+        return returned(made)
 
     return replay
 

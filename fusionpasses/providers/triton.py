@@ -1,4 +1,4 @@
-"""The Triton provider: every norm and quant op through the kernels of ``fusionpasses.kernels``.
+"""The Triton provider: ops through the kernels of ``fusionpasses.kernels``.
 
 Where it stands on the numerics contract of the ops:
 
@@ -10,6 +10,7 @@ Where it stands on the numerics contract of the ops:
   boundary.
 - ``sum`` of the residual ops is exactly the reference's. Payload and sign of a NaN in ``sum`` and ``norm`` are not
   part of the contract.
+- RoPE and the write to the MLA cache: ``providers/_triton_rope.py``.
 
 Outputs are allocated and the kernel is launched on the current stream; nothing waits for the GPU, so calls can be
 captured in a CUDA graph once the kernel is compiled.
@@ -17,7 +18,6 @@ captured in a CUDA graph once the kernel is compiled.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ from fusionpasses.kernels import arch
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
-from fusionpasses.providers import _launch
+from fusionpasses.providers import _launch, _triton_rope
 
 
 def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
         return codes, scales
     row_blocks = scales.shape[-1]
     gpu = arch.of(x.device)
-    options = quant_kernel.launch_options(gpu)
+    options: dict[str, Any] = quant_kernel.launch_options(gpu)
     tile = options["TILE_BLOCKS"]
     x, stride = _aligned_rows(x)
     row_stride: int | None = stride
@@ -49,7 +49,7 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
         grid = (-(-blocks // tile), 1)
     else:
         grid = (blocks // row_blocks, -(-row_blocks // tile))
-    with _on_device_of(x):
+    with _launch.on_device_of(x):
         _launch.launch(
             quant_kernel.dynamic_mxfp4_quant,
             grid,
@@ -135,6 +135,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_mxfp4_quant.with_norm": _rmsnorm_mxfp4_quant_with_norm,
     "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add_mxfp4_quant,
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
+    **_triton_rope.ADAPTERS,
 }
 
 
@@ -166,16 +167,17 @@ def _launch_norm(
         weight, _ = _aligned_rows(weight)
     rows = scales.numel() // row_blocks
     gpu = arch.of(x.device)
-    options, programs = norm_kernel.launch_options(
+    chosen, programs = norm_kernel.launch_options(
         rows,
         row_blocks,
         x.dtype,
         None if weight is None else weight.dtype,
         residual is not None,
-        norm is not None,
+        None if norm is None else norm.dtype,
         gpu,
     )
-    with _on_device_of(x):
+    options: dict[str, Any] = {**chosen}
+    with _launch.on_device_of(x):
         _launch.launch(
             norm_kernel.rmsnorm_mxfp4_quant,
             (programs,),
@@ -221,10 +223,3 @@ def _single_row_stride(x: Tensor) -> tuple[Tensor, int]:
         if all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
             return x, leading[-1][1] if leading else n
     return x.contiguous(), n
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
