@@ -14,7 +14,7 @@ import torch
 
 from fusionpasses.kernels.arch import Arch
 from fusionpasses.probes import probe_triton
-from tools import claims, codegen, launches
+from tools import claims, codegen, configs, launches
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
-CONFIG = launches.Config("sm_100", "add+norm", "bf16", 7168, 1024)
+CONFIG = configs.Config("sm_100", "add+norm", "bf16", 7168, 1024)
 GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
@@ -78,6 +78,8 @@ GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(
     [
         ({}, "ok"),
         ({"spilled": 8}, "spills 8"),
+        ({"in_lanes": 16}, "ok"),
+        ({"in_lanes": 17}, "17 scalars in lanes of vector registers"),
         ({"shared": 36}, "shared memory 36 > 32"),
         ({"sums": 0}, "shared memory 32 > 0"),
         ({"loads": (4, 16)}, "loads of (4, 16) bytes"),
@@ -132,8 +134,13 @@ def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch):
     assert codegen.source_hash() == before
     # What the adapters launch decides as well.
     real = codegen.launches
-    monkeypatch.setattr(codegen, "launches", lambda config: real(dataclasses.replace(config, scale_mode="ceil")))
-    assert codegen.source_hash() != before
+    for change in ({"scale_mode": "ceil"}, {"negative_slots": "wrap"}):
+
+        def changed(config, change=change):
+            return real(dataclasses.replace(config, **{k: v for k, v in change.items() if hasattr(config, k)}))
+
+        monkeypatch.setattr(codegen, "launches", changed)
+        assert codegen.source_hash() != before
 
 
 @needs_triton
@@ -176,22 +183,29 @@ def test_every_access_of_a_thread_is_seen():
 
 def test_spills_are_read_from_the_code_object():
     counts = ".sgpr_spill_count: 2\n.vgpr_spill_count: 3\n.private_segment_fixed_size: 20\n"
-    assert codegen.gcn_spilled(counts) == 28
-    assert codegen.gcn_spilled(counts.replace("20", "0")) == 20
+    assert codegen.gcn_spilled(counts) == (20, 2)
+    assert codegen.gcn_spilled(counts.replace("20", "0")) == (12, 2)
     with pytest.raises(RuntimeError, match="names 1 of 3"):
         codegen.gcn_spilled(".sgpr_spill_count: 2\n")
 
 
 def test_pairwise_configurations_cover_every_pair():
-    chosen = codegen.pairwise()
-    assert len(chosen) < 120
-    for left, right in itertools.combinations(codegen.FACTORS, 2):
+    chosen = configs.pairwise()
+    assert len(chosen) < 160
+    quants = [c for c in chosen if isinstance(c, configs.Config)]
+    for left, right in itertools.combinations(configs.FACTORS, 2):
         norms_only = {left, right} & {"weight", "cast_order", "norm_dtype"}
-        met = {(getattr(c, left), getattr(c, right)) for c in chosen if c.chain != "quant" or not norms_only}
-        wanted = set(itertools.product(codegen.FACTORS[left], codegen.FACTORS[right]))
+        met = {(getattr(c, left), getattr(c, right)) for c in quants if c.chain != "quant" or not norms_only}
+        wanted = set(itertools.product(configs.FACTORS[left], configs.FACTORS[right]))
         if norms_only:
             wanted = {pair for pair in wanted if "quant" not in pair}
         assert met == wanted, (left, right)
+    writes = [
+        dataclasses.asdict(c) | {"amount": (c.tokens, c.heads)} for c in chosen if isinstance(c, configs.CacheConfig)
+    ]
+    for left, right in itertools.combinations(configs.CACHE_FACTORS, 2):
+        met = {(c[left], c[right]) for c in writes}
+        assert met == set(itertools.product(configs.CACHE_FACTORS[left], configs.CACHE_FACTORS[right])), (left, right)
 
 
 @needs_triton
@@ -222,10 +236,10 @@ def test_the_architecture_comes_out_of_the_kernels_own_code():
     real = provider.arch.of
     kept = real.cache_info()
     seen = {}
-    for name, target in launches.TARGETS.items():
+    for name, target in configs.TARGETS.items():
         with launches._pretended(provider, target):
             seen[name] = provider.arch.of(torch.device("meta"))
-    assert seen == {name: Arch(name, t.warp_size, t.processors) for name, t in launches.TARGETS.items()}
+    assert seen == {name: Arch(name, t.warp_size, t.processors) for name, t in configs.TARGETS.items()}
     assert {name for name, arch in seen.items() if arch.hopper_ptx} == {"sm_90", "sm_100", "sm_120"}
     # Nothing of it stays.
     assert provider.arch.of is real
@@ -258,10 +272,11 @@ def examined(monkeypatch, tmp_path):
 
 
 SMALL = [
-    launches.Config("sm_100", "quant", "bf16", 1024, 64),
-    launches.Config("sm_120", "add+norm", "fp16", 1024, 64, layout="off alignment"),
-    launches.Config("sm_90", "norm", "fp32", 1024, 64),
-    launches.Config("gfx1100", "norm, stored", "bf16", 1024, 64),
+    configs.Config("sm_100", "quant", "bf16", 1024, 64),
+    configs.Config("sm_120", "add+norm", "fp16", 1024, 64, layout="off alignment"),
+    configs.Config("sm_90", "norm", "fp32", 1024, 64),
+    configs.Config("gfx1100", "norm, stored", "bf16", 1024, 64),
+    configs.CacheConfig("sm_90", "absorbed", "bf16", 64, 16, cache="paged apart"),
 ]
 
 
@@ -273,7 +288,7 @@ def test_what_the_kernels_promise_is_found_in_their_code(config, examined):
 
 @needs_triton
 def test_code_that_breaks_a_promise_is_refused(examined):
-    quant, add, norm, amd = SMALL
+    quant, add, norm, amd, rope = SMALL
     pdl = "no instruction for: waits before any access, no instruction for: lets the next kernel come"
     pairs = "minima and maxima in pairs, no instruction for: nibbles picked by byte"
     # Without the PTX.
@@ -286,6 +301,9 @@ def test_code_that_breaks_a_promise_is_refused(examined):
     assert "contractions" in examined(norm, enable_fp_fusion=True)
     # Half a block for a thread: threads then exchange what they have.
     assert "loads of (8,) bytes" in examined(quant, TILE_BLOCKS=32, num_warps=2)
+    assert examined(rope, PTX=False) == f"no instruction for: bf16 in pairs, {pdl}"
+    # Pieces by element.
+    assert "loads of" in examined(rope, VECTOR=1)
     # Triton itself would raise at the launch.
     assert "no option launch_pdl for gfx1100" in examined(amd, launch_pdl=True)
 
@@ -293,10 +311,9 @@ def test_code_that_breaks_a_promise_is_refused(examined):
 @needs_triton
 def test_each_path_claims_its_own_instructions():
     def claimed(chain, dtype, **changes):
-        config = launches.Config("sm_90", chain, dtype, 1024, 64, **changes)
+        config = configs.Config("sm_90", chain, dtype, 1024, 64, **changes)
         (launch,) = launches.launches(config)
         facts = claims.facts(launch, 32)
-        assert facts["blocks"] == 1
         return {claim.what: int(claim.least(facts)) for claim in claims.CLAIMS if claim.least(facts)}
 
     always = {"waits before any access": 1, "lets the next kernel come": 1}
@@ -317,7 +334,18 @@ def test_each_path_claims_its_own_instructions():
         "rounded in pairs": 16,
     }
     assert claimed("add+norm", "fp32") == floats
-    (amd,) = launches.launches(launches.Config("gfx942", "norm", "bf16", 1024, 64))
+    rope = configs.CacheConfig("sm_90", "absorbed", "bf16", 64, 16)
+    for change, wanted in (
+        ({}, {"bf16 in pairs": 48}),
+        ({"dtype": "fp16"}, {"fp16 in pairs": 48}),
+        ({"angles": "fp32"}, {"rounded in pairs": 16}),
+        ({"sizes": "odd"}, {}),
+        ({"chain": "cache write"}, {}),
+    ):
+        (launch,) = launches.launches(dataclasses.replace(rope, **change))
+        facts = claims.facts(launch, 32)
+        assert {claim.what: int(claim.least(facts)) for claim in claims.CLAIMS if claim.least(facts)} == always | wanted
+    (amd,) = launches.launches(configs.Config("gfx942", "norm", "bf16", 1024, 64))
     assert not any(claim.least(claims.facts(amd, 64)) for claim in claims.CLAIMS)
 
 
@@ -355,33 +383,45 @@ def test_only_contractions_that_were_not_asked_for_count():
 
 @needs_triton
 def test_every_tile_on_the_grid_is_compiled(monkeypatch):
-    monkeypatch.setattr(codegen, "TARGETS", {t: launches.TARGETS[t] for t in ("sm_90", "gfx942")})
-    monkeypatch.setattr(codegen, "WIDTHS", (64, 2880, 7168, 32768))
-    monkeypatch.setattr(codegen, "ROWS", (1, 16384))
-    chosen = codegen.every()
+    monkeypatch.setattr(configs, "TARGETS", {t: configs.TARGETS[t] for t in ("sm_90", "gfx942")})
+    monkeypatch.setattr(configs, "WIDTHS", (64, 2880, 7168, 32768))
+    monkeypatch.setattr(configs, "ROWS", (1, 16384))
+    chosen = [c for c in configs.every(launches.launches) if isinstance(c, configs.Config)]
 
     def kinds(config):
-        return {(config.target, *codegen._kind(config, launch)) for launch in launches.launches(config)}
+        return {(config.target, *configs._kind(config, launch)) for launch in launches.launches(config)}
 
-    grid = [codegen.TARGETS, launches.CHAINS, launches.DTYPES, codegen.WIDTHS, codegen.ROWS]
+    grid = [configs.TARGETS, configs.CHAINS, configs.DTYPES, configs.WIDTHS, configs.ROWS]
     grid += [("contiguous",), ("even",), ("same", "fp32", "none")]
-    asked = set().union(*(kinds(launches.Config(*row)) for row in itertools.product(*grid)))
+    asked = set().union(*(kinds(configs.Config(*row)) for row in itertools.product(*grid)))
     assert set().union(*map(kinds, chosen)) == asked
     assert len(chosen) == len(asked)
     # What takes turns does so.
-    for target in codegen.TARGETS:
+    for target in configs.TARGETS:
         mine = [c for c in chosen if c.target == target]
-        assert {c.dtype for c in mine} == {*launches.DTYPES}
-        assert {c.chain for c in mine} == {*launches.CHAINS}
+        assert {c.dtype for c in mine} == {*configs.DTYPES}
+        assert {c.chain for c in mine} == {*configs.CHAINS}
         assert {c.n & (c.n - 1) == 0 for c in mine} == {True, False}
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_tile_of_the_cache_write_is_compiled(target):
+    compiled = configs.every_cache_write()
+    assert {c.target for c in compiled} == {*configs.TARGETS}
+    chosen = {launch.tile for c in compiled if c.target == target for launch in launches.launches(c)}
+    for tokens, heads in itertools.product((1, 7, 64, 500, 4096, 65536), (1, 8, 16, 64, 128)):
+        for chain in configs.CACHE_CHAINS:
+            (launch,) = launches.launches(configs.CacheConfig(target, chain, "bf16", tokens, heads))
+            assert launch.tile in chosen, (tokens, heads, chain)
 
 
 @needs_triton
 def test_what_takes_turns_is_said():
     def kind(target, chain, dtype, n):
-        config = launches.Config(target, chain, dtype, n, 1 << 14)
+        config = configs.Config(target, chain, dtype, n, 1 << 14)
         (launch,) = launches.launches(config)
-        return codegen._kind(config, launch)[1:]
+        return configs._kind(config, launch)[1:]
 
     assert kind("sm_90", "norm, stored", "fp16", 4096) == ("fp16", "norm")
     assert kind("sm_100", "add+norm", "fp16", 4096) == ("16 bits", "add+norm")

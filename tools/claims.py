@@ -24,56 +24,69 @@ class Claim:
 
 
 def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
-    """Constants of a launch, the path that follows from them, and how much one thread does.
+    """What one thread does by PTX: ``dtype``, whether there is any, and how many instructions of each kind.
 
-    ``rounded``, ``multiplied``, ``added``, ``lifted``: how often a block is rounded from float32 to 16 bits, multiplied
-    or added in 16 bits, by PTX. ``words``: how often codes are made from 16 bits.
+    ``pairs``: arithmetic on two elements of 16 bits; ``codes``: of words, minima of pairs, and bytes picked from them;
+    ``maxima``: of float32, for the scale; ``rounded``: two float32 to 16 bits.
+    """
+    f = launch.constants
+    dtype = launch.signature["x_ptr" if "x_ptr" in launch.signature else "k_pe_ptr"][1:]
+    none = {"PTX": f["PTX"], "dtype": dtype, "pairs": 0, "codes": 0, "maxima": 0, "rounded": 0}
+    if not f["PTX"]:
+        return none
+    return none | (
+        _of_a_rotation(launch, dtype) if "cos_ptr" in f | launch.signature else _of_a_quant(launch, warp_size)
+    )
+
+
+def _of_a_rotation(launch: Launch, dtype: str) -> dict[str, int]:
+    """A unit of q and one of k: of each word of pairs four products and two sums; or all in float32, then rounded."""
+    f = launch.constants
+    if f["VECTOR"] == 1 or dtype == "fp32" or "cos_ptr" in f:
+        return {}
+    same = launch.signature["cos_ptr"] == launch.signature["k_pe_ptr"]
+    return {"pairs": 2 * 4 * 6} if same else {"rounded": 2 * 8}
+
+
+def _of_a_quant(launch: Launch, warp_size: int) -> dict[str, int]:
+    """A block has 16 pairs, and for codes two products and sums of each; ptxas multiplies and adds by FMA.
+
+    It has 15 maxima and 16 minima of pairs, 31 and 32 of floats; an instruction of three operands does two of them.
     """
     kinds = {key: kind[1:] for key, kind in launch.signature.items() if kind[0] == "*"}
     f, dtype, weight = launch.constants, kinds["x_ptr"], kinds.get("weight_ptr")
-    short = f["PTX"] and dtype != "fp32"
+    short = dtype != "fp32"
     norms = "ROUND_RESULT" in f
     rounds_first, rounds_last = norms and f["ROUND_BEFORE_WEIGHT"], norms and f["ROUND_RESULT"]
     in_words = rounds_first and rounds_last and weight in (None, dtype)
-    threads = launch.options["num_warps"] * warp_size
     words = short and (rounds_last or not norms)
-    return f | {
-        "dtype": dtype,
-        # Chunks that are read again are a loop in the code, too.
-        "blocks": (1 if f.get("REREAD") else f.get("CHUNKS", 1))
-        * max(f["TILE_BLOCKS"] * f.get("ROWS", 1) // threads, 1),
-        "words": words,
-        "lifted": words and dtype == "fp16",
-        "rounded": short * (rounds_first + (rounds_last and not in_words)),
-        "multiplied": short and in_words and weight is not None,
-        "added": short and "residual_ptr" in kinds,
+    threads = launch.options["num_warps"] * warp_size
+    # Chunks that are read again are a loop in the code, too.
+    blocks = 1 if f.get("REREAD") else f.get("CHUNKS", 1)
+    sixteen = 16 * blocks * max(f["TILE_BLOCKS"] * f.get("ROWS", 1) // threads, 1)
+    lifted, multiplied = words and dtype == "fp16", short and in_words and weight is not None
+    return {
+        "pairs": sixteen * (2 * words + lifted + multiplied + (short and "residual_ptr" in kinds)),
+        "codes": sixteen * words,
+        "maxima": sixteen * (not words),
+        "rounded": sixteen * short * (rounds_first + (rounds_last and not in_words)),
     }
 
 
-def _packed(f: dict[str, Any], dtype: str) -> int:
-    """Of each block: 16 pairs, and for codes two products and sums of each pair. ptxas multiplies and adds by FMA."""
-    pairs = 2 * f["words"] + f["lifted"] + f["multiplied"] + f["added"]
-    return f["blocks"] * 16 * pairs if f["dtype"] == dtype else 0
+def _pairs_of(dtype: str) -> Callable[[dict[str, Any]], int]:
+    return lambda f: f["pairs"] if f["dtype"] == dtype else 0
 
 
-#: What kernels/_mxfp4.py says of PTX. A block has 15 maxima and 16 minima of pairs, 31 and 32 of floats; an
-#: instruction of three operands does two of them. Without PTX nothing is claimed, and float32 has the portable codes.
+#: What kernels/_mxfp4.py and kernels/_pieces.py say of PTX. Without it nothing is claimed, and float32 has the portable
+#: codes.
 CLAIMS = (
-    Claim("bf16 in pairs", r"\bH(?:FMA|MUL|ADD)2\S*BF16_V2", lambda f: _packed(f, "bf16")),
+    Claim("bf16 in pairs", r"\bH(?:FMA|MUL|ADD)2\S*BF16_V2", _pairs_of("bf16")),
     # Not conversions to float32, nor constants, which ptxas makes by HFMA2.
-    Claim(
-        "fp16 in pairs",
-        r"\bH(?:FMA|MUL|ADD)2(?!\S*(?:BF16|F32))(?!\S* R\d+, -RZ, RZ)",
-        lambda f: _packed(f, "fp16"),
-    ),
-    Claim("minima and maxima in pairs", r"\bVIMNMX3?\.U16x2", lambda f: f["blocks"] * 16 * f["words"]),
-    Claim("nibbles picked by byte", r"\bPRMT\b", lambda f: f["blocks"] * 16 * f["words"]),
-    Claim(
-        "maximum that keeps NaN",
-        r"\bFMNMX3?\.NAN",
-        lambda f: f["blocks"] * 16 * (f["PTX"] and not f["words"]),
-    ),
-    Claim("rounded in pairs", r"\bF2FP\.B?F16\.F32\.PACK_AB", lambda f: f["blocks"] * 16 * f["rounded"]),
+    Claim("fp16 in pairs", r"\bH(?:FMA|MUL|ADD)2(?!\S*(?:BF16|F32))(?!\S* R\d+, -RZ, RZ)", _pairs_of("fp16")),
+    Claim("minima and maxima in pairs", r"\bVIMNMX3?\.U16x2", lambda f: f["codes"]),
+    Claim("nibbles picked by byte", r"\bPRMT\b", lambda f: f["codes"]),
+    Claim("maximum that keeps NaN", r"\bFMNMX3?\.NAN", lambda f: f["maxima"]),
+    Claim("rounded in pairs", r"\bF2FP\.B?F16\.F32\.PACK_AB", lambda f: f["rounded"]),
     # A kernel launched early that reads or writes before it has waited races with the one in front.
     Claim(
         "waits before any access",

@@ -6,11 +6,11 @@ subset in which every two values of (target, chain, dtype, width, rows, layout, 
 
 "Every configuration": the heuristics are asked, through the provider's adapters, over a grid of widths and rows; each
 (target, fusion, dtype, tile) they answer is compiled once, at the widest row it is chosen for. Whether the norm is
-stored and the remaining arguments take turns, so that every two of their values meet (see ``every``).
+stored and the remaining arguments take turns, so that every two of their values meet (``tools/configs.py``).
 
-A configuration is refused if a register spills, shared memory is used for more than a row's sum, an aligned row is
-loaded or anything but scales stored in less than 16 bytes a thread, a product and a sum were contracted where the
-source does not ask for it, or instructions that a fast path is there for are missing.
+A configuration is refused if a register spills to memory, shared memory is used for more than a row's sum, an aligned
+row is loaded or anything but scales stored in less than 16 bytes a thread, a product and a sum were contracted where
+the source does not ask for it, or instructions that a fast path is there for are missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -33,130 +32,34 @@ import tokenize
 from typing import Any
 
 from tools import claims
-from tools.launches import CHAINS, DTYPES, LAYOUTS, TARGETS, Config, Launch, compile_launch, launches
+from tools.configs import CACHE_CHAINS, CHAINS, ROWS, TARGETS, WIDTHS, AnyConfig, every, pairwise
+from tools.launches import compile_launch, launches
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 
 #: Where `pytest -m gpu` passed last, and with which sources (`python -m tools.codegen --hash`).
-RUNS = {"sm_90": ("033a222bcea5", "H200 2026-11-21")}
-
-#: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
-WIDTHS = sorted(
-    {n for p in range(5, 16) for n in (q << p >> 2 for q in (4, 5, 6, 7)) if n % 32 == 0 and n <= 32768}
-    | {2880, 5376, 18432}
-)
-#: Where one tile is chosen for several of these, it is compiled for the last.
-ROWS = (1, 16384, 4096, 16, 64, 256, 1024)
-
-#: Factors of the subset: every two values of two of them meet.
-FACTORS: dict[str, tuple[Any, ...]] = {
-    "target": tuple(TARGETS),
-    "chain": tuple(CHAINS),
-    "dtype": tuple(DTYPES),
-    "n": (32, 128, 256, 512, 1024, 2048, 2880, 4096, 7168, 16384, 32768),
-    "rows": (1, 64, 1024, 16384, 1 << 20),  # the last also for tensors over 2 GiB
-    "layout": tuple(LAYOUTS),
-    "scale_mode": ("even", "floor", "rceil", "ceil"),
-    "weight": ("same", "fp32", "none"),
-    "cast_order": ("cast_scale", "scale_cast"),
-    "norm_dtype": ("default", "same", "fp32"),
-}
-
-_OF_A_NORM = ("weight", "cast_order", "norm_dtype")
-_REST = ("layout", "scale_mode", *_OF_A_NORM)
-
-
-# ---- what to compile
-
-
-def _pairs(row: dict[str, Any]) -> set[tuple[Any, Any]]:
-    """Pairs of values that meet in a row; a quant has no weight that anything could meet."""
-    items = [item for item in row.items() if row.get("chain") != "quant" or item[0] not in _OF_A_NORM]
-    return set(itertools.combinations(items, 2))
-
-
-def covering(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Rows in which every two values of two factors meet: each row starts from a pair that has not yet."""
-    every_pair = (
-        {first: a, second: b}
-        for first, second in itertools.combinations(factors, 2)
-        for a, b in itertools.product(factors[first], factors[second])
-    )
-    missing = dict.fromkeys(pair for row in every_pair for pair in sorted(_pairs(row), key=str))
-    rows = []
-    while missing:
-        row = dict(next(iter(missing)))
-        for factor in factors:
-            if factor not in row:
-                row[factor] = max(
-                    factors[factor],
-                    key=lambda value: sum(pair in missing for pair in _pairs(_ordered(row | {factor: value}, factors))),
-                )
-        row = _ordered(row, factors)
-        for pair in _pairs(row):
-            missing.pop(pair, None)
-        rows.append(row)
-    return rows
-
-
-def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    return {factor: row[factor] for factor in factors if factor in row}
-
-
-def pairwise() -> list[Config]:
-    return [Config(**row) for row in covering(FACTORS)]
-
-
-def every() -> list[Config]:
-    """Each (target, fusion, dtype, tile) once; what is free takes turns over a covering set.
-
-    Thinned, or it would take over half an hour on two cores; over the tiles of a target these take turns:
-
-    * bf16 and fp16, but on sm_90 which measurements are made on: the same steps, two elements at a time or one;
-    * norm and add + norm where a program has several rows: a thread has one block of them, whatever their width;
-    * the widest row that fills its tile, and the widest that does not.
-    """
-    turns = covering({factor: FACTORS[factor] for factor in _REST})
-    configs: list[Config] = []
-    for target in TARGETS:
-        widest: dict[Any, dict[Any, Config]] = {}
-        for n, rows, chain, dtype in itertools.product(WIDTHS, ROWS, CHAINS, DTYPES):
-            # The heuristics look at the weight's dtype as well.
-            for weight in ("same",) if chain == "quant" else ("same", "fp32"):
-                config = Config(target, chain, dtype, n, rows, weight=weight)
-                fills = n & (n - 1) == 0
-                for launch in launches(config):
-                    widest.setdefault(_kind(config, launch), {})[chain, dtype, weight, fills] = config
-        for (tile, *_), choices in widest.items():
-            at = len(configs)
-            plain = [*choices.values()][(at + at // len(turns)) % len(choices)]
-            # Other arguments may lead to another tile; the plain ones lead to this one.
-            others = (dataclasses.replace(plain, **turns[(at + i) % len(turns)]) for i in range(len(turns)))
-            configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
-    return configs
-
-
-def _kind(config: Config, launch: Launch) -> tuple[Any, ...]:
-    """What ``every`` has one configuration of."""
-    dtype = config.dtype if config.dtype == "fp32" or config.target == "sm_90" else "16 bits"
-    fusion = config.chain.partition(",")[0] if launch.constants.get("ROWS", 1) == 1 else ""
-    return launch.tile, dtype, fusion
-
+RUNS = {"sm_90": ("e142ef002ddb", "H200 2026-11-21")}
 
 # ---- what came out
+
+#: gfx942 rounds to bfloat16 by compares, whose results are pairs of scalars, and has about a hundred of those.
+MOST_IN_LANES = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    config: Config
+    config: AnyConfig
     warps: int = 0
     spilled: int = 0  # bytes
+    in_lanes: int = 0  # on AMD: scalars in lanes of vector registers
     shared: int = 0
     sums: int = 0  # bytes of shared memory in which warps exchange the sum of their row
     loads: tuple[int, ...] = ()  # bytes of one thread's accesses to global memory, each size once
     stores: tuple[int, ...] = ()
     wanted_load: int = 16
+    wanted_store: int = 16
+    index_load: int = 0  # bytes of an index, or of the cache's scale
     contracted: int = 0
     missing: tuple[str, ...] = ()
     error: str = ""
@@ -168,12 +71,14 @@ class Result:
         wrong = [f"no instruction for: {what}" for what in self.missing]
         if self.spilled:
             wrong.append(f"spills {self.spilled}")
+        if self.in_lanes > MOST_IN_LANES:
+            wrong.append(f"{self.in_lanes} scalars in lanes of vector registers")
         if self.shared > self.sums:
             wrong.append(f"shared memory {self.shared} > {self.sums}")
-        if min(self.loads, default=0) < self.wanted_load:
+        if not self.loads or any(size < self.wanted_load and size != self.index_load for size in self.loads):
             wrong.append(f"loads of {self.loads} bytes")
         # Scales are single bytes.
-        if min((size for size in self.stores if size > 1), default=0) < 16:
+        if min((size for size in self.stores if size > 1 or self.wanted_store == 1), default=0) < self.wanted_store:
             wrong.append(f"stores of {self.stores} bytes")
         if self.contracted:
             wrong.append(f"{self.contracted} contractions")
@@ -195,13 +100,13 @@ def disassembled(cubin: bytes) -> tuple[str, int]:
     return text, max(map(int, sizes))
 
 
-def gcn_spilled(code: str) -> int:
-    """Bytes a thread keeps in scratch, or a wave in lanes of its vector registers, for want of registers."""
+def gcn_spilled(code: str) -> tuple[int, int]:
+    """Bytes a thread keeps in scratch memory; scalars a wave keeps in lanes of its vector registers."""
     found = re.findall(r"\.(sgpr_spill_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
     if len(found) != 3:
         raise RuntimeError(f"the code object names {len(found)} of 3 counts of spills")
     count = {name: int(number) for name, number in found}
-    return 4 * count["sgpr_spill_count"] + max(4 * count["vgpr_spill_count"], count["private_segment_fixed_size"])
+    return max(4 * count["vgpr_spill_count"], count["private_segment_fixed_size"]), count["sgpr_spill_count"]
 
 
 _SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
@@ -240,33 +145,37 @@ def contractions(compiled: Any) -> int:
     return max(len(re.findall(r"\bfma\.rn\.f32\b", compiled.asm["ptx"])) + 2 * pairs - asked, 0)
 
 
-def examine(config: Config) -> Result:
+def examine(config: AnyConfig) -> Result:
     try:
         return _examine(config)
     except Exception as error:
         return Result(config, error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:80]}")
 
 
-def _examine(config: Config) -> Result:
+def _examine(config: AnyConfig) -> Result:
     (launch,) = launches(config)
     compiled = compile_launch(launch, config.target)
     if "cubin" in compiled.asm:
         code, spilled = disassembled(compiled.asm["cubin"])
+        in_lanes = 0
     else:
         code = compiled.asm["amdgcn"]
-        spilled = gcn_spilled(code)
+        spilled, in_lanes = gcn_spilled(code)
     loads, stores = accesses(code, sass="cubin" in compiled.asm)
     warps = compiled.metadata.num_warps
     return Result(
         config,
         warps=warps,
         spilled=spilled,
+        in_lanes=in_lanes,
         shared=compiled.metadata.shared,
         # One float of each warp. A quant has no sum, and no two of its threads need anything of each other.
-        sums=4 * warps if "norm" in config.chain and warps > 1 else 0,
+        sums=4 * warps if config.sums and warps > 1 else 0,
         loads=loads,
         stores=stores,
-        wanted_load=16 if launch.aligned else 4,
+        wanted_load=launch.wanted_load,
+        wanted_store=launch.wanted_store,
+        index_load=launch.index_load,
         contracted=contractions(compiled),
         missing=claims.broken(claims.facts(launch, TARGETS[config.target].warp_size), code),
     )
@@ -293,6 +202,7 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+ALL_CHAINS = (*CHAINS, *CACHE_CHAINS)
 _MARKS = ("<!-- codegen -->\n", "<!-- end of codegen -->\n")
 
 
@@ -313,12 +223,12 @@ def table(results: list[Result], now: str, triton_version: str) -> str:
         f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, the heuristics asked at",
         f"{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
         "",
-        "| target | " + " | ".join(CHAINS) + " | how checked |",
-        "|---" * (len(CHAINS) + 2) + "|",
+        "| target | " + " | ".join(ALL_CHAINS) + " | how checked |",
+        "|---" * (len(ALL_CHAINS) + 2) + "|",
     ]
     for target in TARGETS:
         cells = []
-        for chain in CHAINS:
+        for chain in ALL_CHAINS:
             here = [r for r in results if (r.config.target, r.config.chain) == (target, chain)]
             bad = sum(r.verdict != "ok" for r in here)
             cells.append((f"{len(here)} compiled" + (f", {bad} refused" if bad else "")) if here else "not checked")
@@ -326,6 +236,11 @@ def table(results: list[Result], now: str, triton_version: str) -> str:
         changed = "" if run_with == now else ", before the sources changed"
         how = f"compiled; run on {where}{changed}" if where else "compiled, not run"
         lines.append(f"| {target} | {' | '.join(cells)} | {how} |")
+    lanes = [r for r in results if r.in_lanes]
+    if lanes:
+        most = max(lanes, key=lambda r: r.in_lanes)
+        lines += ["", f"{len(lanes)} for AMD keep scalars in lanes of vector registers (no memory); most of them, "]
+        lines[-1] += f"{most.in_lanes}: {most.config}."
     bad = [r for r in results if r.verdict != "ok"]
     if bad:
         lines += ["", "Refused:", ""]
@@ -344,7 +259,7 @@ def replaced(document: str, text: str) -> str:
     return before + mark + text + end + after
 
 
-def compile_all(configs: list[Config], jobs: int) -> list[Result]:
+def compile_all(configs: list[AnyConfig], jobs: int) -> list[Result]:
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what is looked at is what this Triton makes now
@@ -377,7 +292,7 @@ def main() -> int:
     import triton
 
     start = time.perf_counter()
-    configs = [c for c in (pairwise() if args.check else every()) if not args.target or c.target in args.target]
+    configs = [c for c in (pairwise() if args.check else every(launches)) if not args.target or c.target in args.target]
     results = compile_all(configs, args.jobs)
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) | {"verdict": r.verdict} for r in results], indent=1))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,69 +19,17 @@ from unittest import mock
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-#: Op of each chain.
-CHAINS = {
-    "quant": "dynamic_mxfp4_quant.default",
-    "norm": "rmsnorm_mxfp4_quant.default",
-    "norm, stored": "rmsnorm_mxfp4_quant.with_norm",
-    "add+norm": "rmsnorm_add_mxfp4_quant.default",
-    "add+norm, stored": "rmsnorm_add_mxfp4_quant.with_norm",
-}
-
-#: Elements between rows beyond their width. 2 of a 16-bit dtype: only 4 bytes of alignment are left.
-LAYOUTS = {"contiguous": 0, "strided": 64, "off alignment": 2}
+from fusionpasses import kernels
+from tools.configs import DTYPES, FP8, TARGETS, AnyConfig, Target
 
 #: Constants that the op's arguments decide; the others are the heuristics'.
-_OF_ARGUMENTS = ("ROW_BLOCKS", "SCALE_ADDEND", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT", "PTX")
+_OF_A_ROTATION = ("HEADS", "NOPE", "ROPE", "FULL", "READ_WOVEN", "WRITE_WOVEN")
+_OF_A_CACHE = ("LATENT", "NEGATIVE_SLOTS", "PAGE", "SCALING")
+_OF_A_NORM = ("ROW_BLOCKS", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT")
+_OF_ARGUMENTS = ("SCALE_ADDEND", "PTX", *_OF_A_NORM, *_OF_A_ROTATION, *_OF_A_CACHE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A GPU, in torch's and Triton's words."""
-
-    backend: str
-    arch: int | str
-    warp_size: int
-    processors: int
-
-
-#: Multiprocessors: those of H200, B200, RTX PRO 6000, MI300X, MI355X, RX 7900 XTX, Ryzen AI Max+ 395, RX 9070 XT; those
-#: of gfx1250 are not known.
-TARGETS: dict[str, Target] = {
-    "sm_90": Target("cuda", 90, 32, 132),
-    "sm_100": Target("cuda", 100, 32, 148),
-    "sm_120": Target("cuda", 120, 32, 188),
-    "gfx942": Target("hip", "gfx942", 64, 304),
-    "gfx950": Target("hip", "gfx950", 64, 256),
-    "gfx1100": Target("hip", "gfx1100", 32, 48),
-    "gfx1151": Target("hip", "gfx1151", 32, 20),
-    "gfx1201": Target("hip", "gfx1201", 32, 32),
-    "gfx1250": Target("hip", "gfx1250", 32, 256),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """A call of an op on a target."""
-
-    target: str
-    chain: str
-    dtype: str
-    n: int
-    rows: int
-    layout: str = "contiguous"
-    scale_mode: str = "even"
-    weight: str = "same"  # its dtype: "same" as x's, "fp32" or "none"
-    cast_order: str = "cast_scale"
-    norm_dtype: str = "default"  # "default", "same" as x's, or "fp32"
-
-    def __str__(self) -> str:
-        rest = [self.layout, self.scale_mode]
-        if self.chain != "quant":
-            rest += [f"weight {self.weight}", self.cast_order, f"norm dtype {self.norm_dtype}"]
-        return f"{self.target} {self.chain} {self.dtype} {self.rows} x {self.n} ({', '.join(rest)})"
+_OTHER_KINDS = {torch.uint8: "*u8", FP8: "*fp8e4nv", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +48,28 @@ class Launch:
         return all(name in self.divisible for name in decide)
 
     @property
+    def wanted_load(self) -> int:
+        """Least bytes a thread should load at once; where rows are not aligned, words."""
+        if self.constants.get("VECTOR") == 1:
+            return 1
+        return 16 if self.aligned else 4
+
+    @property
+    def wanted_store(self) -> int:
+        if self.constants.get("VECTOR") == 1:
+            return 1
+        if "cache_ptr" not in self.signature:
+            return 16
+        # Eight elements at once, in words where the cache is not aligned.
+        fp8 = self.constants["SCALING"] is not None
+        return (8 if fp8 else 16) if self.aligned else 4
+
+    @property
+    def index_load(self) -> int:
+        """Bytes of a slot, a position, or the cache's scale: single numbers by nature."""
+        return 4 if "slots_ptr" in self.signature else 0
+
+    @property
     def tile(self) -> tuple[Any, ...]:
         """What the heuristics chose."""
         chosen = {k: v for k, v in self.constants.items() if k.isupper() and k not in _OF_ARGUMENTS}
@@ -110,28 +82,13 @@ class Launch:
         return f"{self.kernel.__name__} {parts}"
 
 
-def launches(config: Config) -> list[Launch]:
+def launches(config: AnyConfig) -> list[Launch]:
     from fusionpasses.providers import triton as provider
 
-    dtype = DTYPES[config.dtype]
-    arguments: list[Any] = [_rows(config, dtype)]
-    keywords: dict[str, Any] = {"scale_mode": config.scale_mode}
-    if config.chain != "quant":
-        if config.chain.startswith("add"):
-            arguments.append(_rows(config, dtype))
-        weights = {"same": dtype, "fp32": torch.float32}
-        weight = weights.get(config.weight)
-        arguments += [None if weight is None else torch.empty(config.n, dtype=weight, device="meta"), 1e-6]
-        norm_dtypes = {"default": None, "same": dtype, "fp32": torch.float32}
-        keywords |= {"cast_order": config.cast_order, "norm_dtype": norm_dtypes[config.norm_dtype]}
+    name, arguments, keywords = config.call()
     with _pretended(provider, TARGETS[config.target]) as recorded:
-        provider.ADAPTERS[CHAINS[config.chain]](*arguments, **keywords)
+        provider.ADAPTERS[name](*arguments, **keywords)
     return recorded
-
-
-def _rows(config: Config, dtype: torch.dtype) -> torch.Tensor:
-    whole = torch.empty(config.rows, config.n + LAYOUTS[config.layout], dtype=dtype, device="meta")
-    return whole[:, : config.n]
 
 
 @contextlib.contextmanager
@@ -153,11 +110,17 @@ def _pretended(provider: types.ModuleType, target: Target) -> Iterator[list[Laun
         patch(torch.version, "hip", None if nvidia else "7.0")
         patch(torch.cuda, "get_device_properties", lambda *_: properties)
         patch(provider.arch, "of", lambda _: ask(torch.device("cuda", 0)))
-        for module in (provider.quant_kernel, provider.norm_kernel):
+        for module in _kernel_modules():
             for name, value in list(vars(module).items()):
                 if hasattr(value, "arg_names") and hasattr(value, "warmup"):
                     patch(module, name, _Recorder(value, recorded))
         yield recorded
+
+
+def _kernel_modules() -> Iterator[types.ModuleType]:
+    for found in pkgutil.iter_modules(kernels.__path__):
+        if not found.name.startswith("_"):
+            yield importlib.import_module(f"{kernels.__name__}.{found.name}")
 
 
 class _Recorder:
@@ -184,7 +147,7 @@ class _Recorder:
                 signature[name] = "constexpr"
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
-                kinds = {dtype: f"*{short}" for short, dtype in DTYPES.items()} | {torch.uint8: "*u8"}
+                kinds = {dtype: f"*{short}" for short, dtype in DTYPES.items()} | _OTHER_KINDS
                 signature[name] = kinds[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     divisible.append(name)
