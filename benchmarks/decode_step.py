@@ -161,7 +161,7 @@ def compiled_step(
     backend = fp.fusion_backend() if side == "fused" else "inductor"
     started = time.perf_counter()
     compiled = torch.compile(step, backend=backend, dynamic=False, mode=mode)
-    with torch._inductor.config.patch(_post_fusion_custom_pass=moved):  # caches are left out by torch itself then
+    with torch._inductor.config.patch(_post_fusion_custom_pass=moved, force_disable_caches=True):
         compiled()
     return compiled, moved.bytes, time.perf_counter() - started
 

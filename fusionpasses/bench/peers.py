@@ -1,12 +1,13 @@
 """Kernels of other projects, measured on the same buffers when they are there; never a dependency.
 
-AITER: its Triton kernel ``fused_rms_mxfp4_quant`` also runs on NVIDIA GPUs. ``import aiter`` needs ROCm, so no
-``__init__`` of it is executed: the few modules that hold the kernel are imported from the files of a checkout, under
-packages that are empty but for their paths. They are taken out of ``sys.modules`` again afterwards.
+AITER: its Triton kernels ``fused_rms_mxfp4_quant`` and ``fused_qk_rope_cat_and_cache_mla`` also run on NVIDIA GPUs.
+``import aiter`` needs ROCm, so no ``__init__`` of it is executed: the few modules that hold the kernels are imported
+from the files of a checkout, under packages that are empty but for their paths. They are taken out of ``sys.modules``
+again afterwards.
 
-What its result is worth here. It keeps sum and norm in float32 down to the codes, where the op rounds to bfloat16, so
-some codes differ. On NVIDIA it turns scale bytes below 127 into 127 (a negative float goes to uint8 through zero); the
-weights of the benchmark are 8 or more for that reason, which leaves no such byte.
+What its results are worth here. The first keeps sum and norm in float32 down to the codes, where the op rounds to
+bfloat16, so some codes differ. On NVIDIA it turns scale bytes below 127 into 127 (a negative float goes to uint8
+through zero); the weights of the benchmark are 8 or more for that reason, which leaves no such byte.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from fusionpasses.probes import Verdict
 
 AITER_MODULE = "aiter.ops.triton.quant.fused_mxfp4_quant"
 _AITER_FILE = "aiter/ops/triton/quant/fused_mxfp4_quant.py"
-_AITER_PACKAGES = ("aiter", "aiter.ops", "aiter.ops.triton", "aiter.ops.triton.quant", "aiter.utility")
+AITER_ROPE_MODULE = "aiter.ops.triton.fusions.fused_kv_cache"
+_AITER_TRITON = ("aiter.ops.triton", "aiter.ops.triton.quant", "aiter.ops.triton.fusions", "aiter.ops.triton.rope")
+_AITER_PACKAGES = ("aiter", "aiter.ops", *_AITER_TRITON, "aiter.utility", "aiter.jit", "aiter.jit.utils")
 #: What AITER's modules ask of ``aiter.utility.dtypes``, which runs ``rocminfo`` when imported.
 _AITER_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e8m0": torch.uint8, "fp4x2": torch.uint8}
 
@@ -58,23 +61,32 @@ def load_aiter(checkout: pathlib.Path) -> Run:
     Raises:
         PeerUnavailable: the folder is not a checkout, or its modules cannot be imported here.
     """
-    if not (checkout / _AITER_FILE).is_file():
+    return _load(checkout, AITER_MODULE, "fused_rms_mxfp4_quant")
+
+
+def load_aiter_rope(checkout: pathlib.Path) -> Run:
+    """``fused_qk_rope_cat_and_cache_mla`` of an AITER checkout; raises as load_aiter does."""
+    return _load(checkout, AITER_ROPE_MODULE, "fused_qk_rope_cat_and_cache_mla")
+
+
+def _load(checkout: pathlib.Path, name: str, function: str) -> Run:
+    file = f"{name.replace('.', '/')}.py"
+    if not (checkout / file).is_file():
         raise PeerUnavailable(
-            f"--peer-path: got {checkout}, which has no {_AITER_FILE}; allowed: the top folder of a checkout of AITER; "
+            f"--peer-path: got {checkout}, which has no {file}; allowed: the top folder of a checkout of AITER; "
             "leave the option out to measure without it"
         )
     with _only_paths(checkout):
         try:
-            module = importlib.import_module(AITER_MODULE)
+            found: Run = getattr(importlib.import_module(name), function)
         # Whatever a file of another project may raise when it is imported without its own package around it.
         except Exception as error:
             raise PeerUnavailable(
-                f"--peer-path: got {checkout}, whose {AITER_MODULE} fails to import: {type(error).__name__}: {error}; "
+                f"--peer-path: got {checkout}, whose {name} fails to import: {type(error).__name__}: {error}; "
                 "allowed: a checkout that fits the installed Triton, and a GPU that Triton sees; try another commit, "
                 "or leave the option out"
             ) from error
-    function: Run = module.fused_rms_mxfp4_quant
-    return function
+    return found
 
 
 def aiter(function: Run, chain: Chain, settings: Settings) -> Contender | None:
@@ -107,6 +119,10 @@ def _only_paths(checkout: pathlib.Path) -> Iterator[None]:
         dtypes = types.ModuleType("aiter.utility.dtypes")
         dtypes.__dict__.update(_AITER_DTYPES)
         sys.modules[dtypes.__name__] = sys.modules["aiter.utility"].__dict__["dtypes"] = dtypes
+        # AITER's own makes a custom op of the function, which is more than a call needs.
+        guard = types.ModuleType("aiter.jit.utils.torch_guard")
+        guard.__dict__["torch_compile_guard"] = lambda **_: lambda function: function
+        sys.modules[guard.__name__] = guard
         yield
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "aiter"]:
