@@ -11,6 +11,7 @@
 
 from fusionpasses import ops as ops
 from fusionpasses.anchors import register_anchor as register_anchor
+from fusionpasses.anchors import register_cache_write_anchor as register_cache_write_anchor
 from fusionpasses.backend import FusionBackend as FusionBackend
 from fusionpasses.backend import fusion_backend as fusion_backend
 from fusionpasses.backend import last_report as last_report

@@ -77,15 +77,19 @@ class FusionPass(PatternMatcherPass, abc.ABC):
     #: The tables the recogniser executes, by title; printed into the debug dump as they are.
     spellings: dict[str, tuple[Spelling, ...]]
     guards: dict[str, tuple[Guard, ...]]
+    #: The kind of registered ops it starts from.
+    anchor_class: type[Anchor] = Anchor
+    #: What it visits, if that is not the calls of these ops themselves.
+    targets: tuple[Any, ...] = ()
 
     def __init__(self, config: FusionConfig, anchors: tuple[Anchor, ...], *, keep_subgraphs: bool = False) -> None:
         super().__init__(pass_name=self.name)
         self.config = config
-        self.anchors: dict[Any, Anchor] = {anchor.target: anchor for anchor in anchors}
+        self.anchors: dict[Any, Anchor] = {a.target: a for a in anchors if type(a) is self.anchor_class}
         self.keep_subgraphs = keep_subgraphs
         self.sites: list[Site] = []
         self._judgement: Judgement | None = None
-        for target in self.anchors:
+        for target in self.targets or self.anchors:
             register_graph_pattern(CallFunctionVarArgs(target), extra_check=self._check, pass_dict=self)(self._handle)
 
     @abc.abstractmethod

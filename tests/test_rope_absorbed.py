@@ -1,0 +1,248 @@
+"""The query of absorbed attention, ``cat([q_nope, rope(q_pe)], -1)``, made by the op; and what only looks like it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_fused_rope_mla_kv_cache import EAGER_ROUNDINGS, HEADS, LATENT, ROPE, deepseek, neox
+from torch import Tensor
+
+from fusionpasses.testing import assert_equivalent
+
+BATCH, LENGTH, NOPE, ABSORBED = 2, 3, 12, 16
+TOKENS = BATCH * LENGTH
+
+#: q_pe and q_nope tokens first ``[T, H, .]``, k ``[T, 1, R]``, cos and sin ``[T, 1, R]``, the weight ``[H, NOPE, 16]``
+#: that absorbs; gives k rotated, and what is read.
+Case = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+
+
+def absorbed(q_nope: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(q_nope.transpose(0, 1), weight).transpose(0, 1)
+
+
+def grouped(x: Tensor) -> Tensor:
+    """[B, S, ...] of [T, ...]"""
+    return x.unflatten(0, (-1, LENGTH))
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return grouped(x).transpose(1, 2)
+
+
+def plain(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope, neox(q, cos, sin)], -1)]
+
+
+def by_bmm(q, q_nope, k, cos, sin, weight):
+    return deepseek(k, cos, sin), [torch.cat((absorbed(q_nope, weight), deepseek(q, cos, sin)), -1)]
+
+
+def in_batches(q, q_nope, k, cos, sin, weight):
+    q, k, cos, sin = grouped(q), grouped(k), grouped(cos), grouped(sin)
+    return neox(k, cos, sin), [torch.cat([grouped(absorbed(q_nope, weight)), neox(q, cos, sin)], dim=3)]
+
+
+def turned_back(q, q_nope, k, cos, sin, weight):
+    """Rotated heads first, as in transformers, then brought to tokens first."""
+    q, k, cos, sin = heads_first(q), heads_first(k), heads_first(cos), heads_first(sin)
+    q = neox(q, cos, sin).transpose(1, 2)
+    return neox(k, cos, sin), [torch.cat([absorbed(q_nope, weight), q.reshape(-1, HEADS, ROPE)], -1) * 2]
+
+
+def turned_in_batches(q, q_nope, k, cos, sin, weight):
+    q, k, cos, sin = heads_first(q), heads_first(k), heads_first(cos), heads_first(sin)
+    return neox(k, cos, sin), [torch.cat([grouped(q_nope), neox(q, cos, sin).transpose(1, 2)], -1)]
+
+
+def of_one_token(q, q_nope, k, cos, sin, weight):
+    """Decode: [T, H, 1, R], where heads first is tokens first."""
+    q, k, cos, sin = q.unsqueeze(2), k.unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2)
+    return neox(k, cos, sin), [torch.cat([q_nope.unsqueeze(2), neox(q, cos, sin)], -1)]
+
+
+def of_one_token_squeezed(q, q_nope, k, cos, sin, weight):
+    q, k, cos, sin = q.unsqueeze(2), k.unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2)
+    return neox(k, cos, sin), [torch.cat([absorbed(q_nope, weight), neox(q, cos, sin).squeeze(2)], -1)]
+
+
+def k_is_read(q, q_nope, k, cos, sin, weight):
+    k1, query = plain(q, q_nope, k, cos, sin, weight)
+    return k1, [*query, k1 * 2]
+
+
+def other_order(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([neox(q, cos, sin), q_nope], -1)]
+
+
+def three(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope, neox(q, cos, sin), q_nope], -1)]
+
+
+def twice(q, q_nope, k, cos, sin, weight):
+    q = neox(q, cos, sin)
+    return neox(k, cos, sin), [torch.cat([q, q], -1)]
+
+
+def two_cats(q, q_nope, k, cos, sin, weight):
+    q = neox(q, cos, sin)
+    return neox(k, cos, sin), [torch.cat([q_nope, q], -1), torch.cat([q_nope + 1, q], -1)]
+
+
+def another_reader(q, q_nope, k, cos, sin, weight):
+    q, k1 = neox(q, cos, sin), neox(k, cos, sin)
+    return k1, [torch.cat([q_nope, q], -1), q + 1, k1 + 1]
+
+
+def along_tokens(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope[..., :ROPE], neox(q, cos, sin)], 0)]
+
+
+def along_heads(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope[..., :ROPE], neox(q, cos, sin)], 1)]
+
+
+def a_part(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope, neox(q, cos, sin)[..., : ROPE // 2]], -1)]
+
+
+def scaled(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope, neox(q, cos, sin) * 2], -1)]
+
+
+def promoted(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([q_nope.float(), neox(q, cos, sin)], -1)]
+
+
+def heads_of_tokens_mixed(q, q_nope, k, cos, sin, weight):
+    """Regrouped while heads are first: other rows."""
+    q, k, cos, sin = heads_first(q), heads_first(k), heads_first(cos), heads_first(sin)
+    return neox(k, cos, sin), [torch.cat([q_nope, neox(q, cos, sin).reshape(-1, HEADS, ROPE)], -1)]
+
+
+def other_tokens_first(q, q_nope, k, cos, sin, weight):
+    q, k, cos, sin = grouped(q), grouped(k), grouped(cos), grouped(sin)
+    nope = grouped(q_nope).transpose(0, 1).contiguous()
+    return neox(k, cos, sin), [torch.cat([nope, neox(q, cos, sin).transpose(0, 1)], -1)]
+
+
+def query_heads_first(q, q_nope, k, cos, sin, weight):
+    """The op gives tokens first: a copy would be left where the cat was."""
+    q, k, cos, sin = heads_first(q), heads_first(k), heads_first(cos), heads_first(sin)
+    return neox(k, cos, sin), [torch.cat([heads_first(q_nope).contiguous(), neox(q, cos, sin)], -1)]
+
+
+def nope_of_the_rotated_k(q, q_nope, k, cos, sin, weight):
+    k1 = neox(k, cos, sin)
+    return k1, [torch.cat([q_nope * k1.mean(), neox(q, cos, sin)], -1)]
+
+
+ABSORBED_CASES: dict[Case, str] = {
+    plain: "absorbed",
+    by_bmm: "absorbed",
+    in_batches: "absorbed",
+    turned_back: "absorbed",
+    turned_in_batches: "absorbed",
+    of_one_token: "absorbed",
+    of_one_token_squeezed: "absorbed",
+    k_is_read: "absorbed_with_k",
+}
+TWINS: dict[Case, str] = {
+    other_order: "default",
+    three: "default",
+    twice: "default",
+    two_cats: "default",
+    another_reader: "with_k",
+    along_tokens: "default",
+    along_heads: "default",
+    a_part: "default",
+    scaled: "default",
+    promoted: "default",
+    heads_of_tokens_mixed: "default",
+    other_tokens_first: "default",
+    query_heads_first: "default",
+    nope_of_the_rotated_k: "with_k",
+}
+
+
+def inputs_of(number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(number)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    angle = torch.rand(TOKENS, 1, ROPE // 2, generator=generator) * 6
+    angle = torch.cat([angle, angle], -1)
+    q = random(TOKENS, HEADS, NOPE + ROPE)
+    tensors = [q[..., NOPE:], q[..., :NOPE], random(TOKENS, 1, ROPE), angle.cos().bfloat16(), angle.sin().bfloat16()]
+    slots = torch.randperm(16, generator=generator)[:TOKENS]
+    return [*tensors, random(HEADS, NOPE, ABSORBED), random(TOKENS, LATENT), slots, random(4, 4, LATENT + ROPE)]
+
+
+def run(cases: dict[Case, str], dynamic: bool):
+    """All cases as one graph: each takes a second to trace. Reported sites are in graph order."""
+    inputs = [inputs_of(number) for number in range(len(cases))]
+    for tensors in inputs if dynamic else ():
+        for i in (0, 1, 2, 3, 4, 6, 7):
+            torch._dynamo.mark_dynamic(tensors[i], 0)
+
+    def model(*inputs: list[Tensor]) -> list[list[Tensor]]:
+        read = []
+        for case, (*tensors, kv_c, slots, cache) in zip(cases, inputs, strict=True):
+            for tensor in (*tensors[:5], kv_c, slots):
+                torch._check(tensor.shape[0] == inputs[0][0].shape[0])
+            k, outputs = case(*tensors)
+            torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k.reshape(-1, ROPE), cache, slots)
+            read.append(outputs)
+        return read
+
+    with torch.no_grad():
+        result = assert_equivalent(model, inputs, fullgraph=True, options=EAGER_ROUNDINGS)
+    (graph,) = result.graphs
+    assert [s.reason for s in graph.report.sites] == [""] * len(cases), graph.report
+    got = {case: site.op.partition(".")[2] for case, site in zip(cases, graph.report.sites, strict=True)}
+    assert got == cases
+    return graph
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_query_is_made_by_the_op_and_the_cat_is_gone(dynamic: bool) -> None:
+    # With dynamic tokens, those that regroup them take seconds to trace.
+    cases = [plain, by_bmm, of_one_token, k_is_read] if dynamic else ABSORBED_CASES
+    graph = run({case: ABSORBED_CASES[case] for case in cases}, dynamic)
+    assert "aten.cat" not in graph.report.ops_after
+    assert "aten.clone" not in graph.report.ops_after
+
+
+def test_other_readers_of_the_rotated_q_keep_it() -> None:
+    run(TWINS, dynamic=False)
+
+
+def test_q_nope_that_comes_from_the_op_of_a_later_site_is_left_outside() -> None:
+    """Two sites whose queries would need each other: one cat stays, both fuse."""
+
+    def model(q, k, kv_c, cos, sin, slots, cache, other):
+        q1, k1, q2, k2 = (neox(x, cos, sin) for x in (q, k, q * 2, k * 2))
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k1[:, 0], cache, slots)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k2[:, 0], other, slots)
+        return torch.cat([other[0, :ROPE] * torch.ones_like(q), q1], -1), torch.cat([q2.clone(), q2 * 1], -1)
+
+    q, _, k, cos, sin, _, kv_c, slots, cache = inputs_of(0)
+    inputs = [q, k, kv_c, cos, sin, slots, cache.flatten(0, 1), cache.flatten(0, 1) + 1]
+    result = assert_equivalent(model, inputs, fullgraph=True, options=EAGER_ROUNDINGS)
+    assert [s.status for s in result.report.sites()] == ["fused", "fused"], result.report
+
+
+def test_sites_that_would_need_each_others_queries() -> None:
+    def model(q, k, kv_c, cos, sin, slots, cache, other):
+        q1, k1, q2, k2 = (neox(x, cos, sin) for x in (q, k, q * 2, k * 2))
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k1[:, 0], cache, slots)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k2[:, 0], other, slots)
+        return torch.cat([k2.expand(-1, HEADS, -1), q1], -1), torch.cat([k1.expand(-1, HEADS, -1), q2], -1)
+
+    q, _, k, cos, sin, _, kv_c, slots, cache = inputs_of(0)
+    inputs = [q, k, kv_c, cos, sin, slots, cache.flatten(0, 1), cache.flatten(0, 1) + 1]
+    result = assert_equivalent(model, inputs, fullgraph=True, options=EAGER_ROUNDINGS)
+    assert [s.op for s in result.report.fused] == ["fused_rope_mla_kv_cache.with_k"] * 2, result.report
