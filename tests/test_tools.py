@@ -70,6 +70,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 CONFIG = configs.Config("sm_100", "add+norm", "bf16", 7168, 1024)
+QUANTS, CACHE = codegen.FAMILIES
 GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
@@ -96,62 +97,73 @@ GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(
 def test_a_result_that_is_not_what_the_kernels_promise_is_refused(change, verdict):
     result = dataclasses.replace(GOOD, **change)
     assert result.verdict == verdict
-    written = codegen.table([result], "0123456789ab", "3.9.0")
+    written = codegen.table(QUANTS, [result], "0123456789ab", "3.9.0")
     assert ("1 refused" in written) == (verdict != "ok")
     assert (f"{CONFIG}: {verdict}" in written) == (verdict != "ok")
 
 
 def test_the_table_is_stale_once_the_code_changes():
     document = codegen.replaced(
-        "before\n<!-- codegen -->\nold\n<!-- end of codegen -->\nafter\n",
-        codegen.table([GOOD], "0123456789ab", "3.9.0"),
+        "before\n<!-- codegen: quants -->\nold\n<!-- end of codegen: quants -->\nafter\n",
+        QUANTS,
+        codegen.table(QUANTS, [GOOD], "0123456789ab", "3.9.0"),
     )
-    assert document.startswith("before\n<!-- codegen -->\nSources `0123456789ab`, Triton 3.9.0")
-    assert document.endswith("<!-- end of codegen -->\nafter\n")
-    assert codegen.stale(document, "0123456789ab") == ""
+    assert document.startswith("before\n<!-- codegen: quants -->\nSources `0123456789ab`, Triton 3.9.0")
+    assert document.endswith("<!-- end of codegen: quants -->\nafter\n")
+    assert codegen.stale(document, QUANTS, "0123456789ab") == ""
     assert "of sources 0123456789ab, the sources are aaaaaaaaaaaa; run `make codegen`" in codegen.stale(
-        document, "aaaaaaaaaaaa"
+        document, QUANTS, "aaaaaaaaaaaa"
     )
-    assert "is missing" in codegen.stale("no table", "aaaaaaaaaaaa")
+    assert "(cache) is missing" in codegen.stale(document, CACHE, "0123456789ab")
     with pytest.raises(ValueError, match="no place for the table"):
-        codegen.replaced("no marks", "")
+        codegen.replaced(document, CACHE, "")
+
+
+def test_every_file_of_the_kernels_decides_the_hash_of_a_family():
+    files = {path.stem for path in (ROOT / "fusionpasses" / "kernels").glob("*.py")} - {"__init__"}
+    assert set(QUANTS.files) | set(CACHE.files) == files
 
 
 @needs_triton
-def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "files", "change"),
+    [
+        (QUANTS, ("_pieces", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
+        (CACHE, ("_pieces", "rope_mla_kv_cache"), {"negative_slots": "wrap"}),
+    ],
+    ids=("quants", "cache"),
+)
+def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch, family, files, change):
     kernels = pathlib.Path("fusionpasses", "kernels")
     shutil.copytree(ROOT / kernels, tmp_path / kernels, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(codegen, "ROOT", tmp_path)
-    before = codegen.source_hash()
-    for name in ("dynamic_mxfp4_quant.py", "rmsnorm_mxfp4_quant.py", "_mxfp4.py"):
-        file = tmp_path / "fusionpasses" / "kernels" / name
+    before = codegen.source_hash(family)
+    for name in files:
+        file = tmp_path / "fusionpasses" / "kernels" / f"{name}.py"
         source = file.read_text()
         file.write_text(source.replace('"""', '"""Another word. ', 1) + "\n# a comment\n")
-        assert codegen.source_hash() == before
+        assert codegen.source_hash(family) == before
         file.write_text(source + "\nx = 1\n")
-        assert codegen.source_hash() != before
+        assert codegen.source_hash(family) != before
         file.write_text(source)
-    assert codegen.source_hash() == before
+    assert codegen.source_hash(family) == before
     # What the adapters launch decides as well.
     real = codegen.launches
-    for change in ({"scale_mode": "ceil"}, {"negative_slots": "wrap"}):
-
-        def changed(config, change=change):
-            return real(dataclasses.replace(config, **{k: v for k, v in change.items() if hasattr(config, k)}))
-
-        monkeypatch.setattr(codegen, "launches", changed)
-        assert codegen.source_hash() != before
+    monkeypatch.setattr(codegen, "launches", lambda config: real(dataclasses.replace(config, **change)))
+    assert codegen.source_hash(family) != before
 
 
 @needs_triton
 def test_a_check_of_a_stale_table_fails_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
     document = tmp_path / "compatibility.md"
-    document.write_text("<!-- codegen -->\nSources `0123456789ab`\n<!-- end of codegen -->\n")
+    document.write_text("<!-- codegen: quants -->\nSources `0123456789ab`\n<!-- end of codegen: quants -->\n")
     monkeypatch.setattr(codegen, "DOCUMENT", document)
     monkeypatch.setattr(codegen, "compile_all", lambda *_: pytest.fail("compiles"))
     monkeypatch.setattr(sys, "argv", ["codegen", "--check"])
     assert codegen.main() == 1
-    assert "run `make codegen`" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "(quants) is of sources 0123456789ab" in said
+    assert "(cache) is missing" in said
 
 
 SASS = """
@@ -392,7 +404,7 @@ def test_every_tile_on_the_grid_is_compiled(monkeypatch):
         return {(config.target, *configs._kind(config, launch)) for launch in launches.launches(config)}
 
     grid = [configs.TARGETS, configs.CHAINS, configs.DTYPES, configs.WIDTHS, configs.ROWS]
-    grid += [("contiguous",), ("even",), ("same", "fp32", "none")]
+    grid += [("contiguous",), ("even",), ("same", "fp32", "none"), ("cast_scale", "scale_cast")]
     asked = set().union(*(kinds(configs.Config(*row)) for row in itertools.product(*grid)))
     assert set().union(*map(kinds, chosen)) == asked
     assert len(chosen) == len(asked)

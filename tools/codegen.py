@@ -32,14 +32,58 @@ import tokenize
 from typing import Any
 
 from tools import claims
-from tools.configs import CACHE_CHAINS, CHAINS, ROWS, TARGETS, WIDTHS, AnyConfig, every, pairwise
+from tools.configs import (
+    CACHE_CHAINS,
+    CHAINS,
+    ROWS,
+    TARGETS,
+    WIDTHS,
+    AnyConfig,
+    CacheConfig,
+    Config,
+    every,
+    pairwise,
+)
 from tools.launches import compile_launch, launches
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 
-#: Where `pytest -m gpu` passed last, and with which sources (`python -m tools.codegen --hash`).
-RUNS = {"sm_90": ("e142ef002ddb", "H200 2026-11-21")}
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Configurations with a table of their own, and the files of ``fusionpasses/kernels`` that decide their code."""
+
+    name: str
+    kind: type
+    chains: tuple[str, ...]
+    files: tuple[str, ...]
+    grid: str
+
+
+FAMILIES = (
+    Family(
+        "quants",
+        Config,
+        tuple(CHAINS),
+        ("_pieces", "arch", "_mxfp4", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant"),
+        f"the heuristics asked at\n{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
+    ),
+    Family(
+        "cache",
+        CacheConfig,
+        tuple(CACHE_CHAINS),
+        ("_pieces", "arch", "rope_mla_kv_cache"),
+        "all pairs of\nsizes, strides, dtypes, styles, angles, caches and slots, and each choice of the heuristics.",
+    ),
+)
+
+#: By target and family: with which sources (`python -m tools.codegen --hash`) `pytest -m gpu` passed last, and where.
+RUNS = {
+    ("sm_90", "quants"): ("f812456cf801", "H200 2026-11-21"),
+    ("sm_90", "cache"): ("db398fd42720", "H200 2026-11-21"),
+}
+
 
 # ---- what came out
 
@@ -184,13 +228,15 @@ def _examine(config: AnyConfig) -> Result:
 # ---- the table
 
 
-def source_hash() -> str:
+def source_hash(family: Family) -> str:
     """Of what decides the generated code: kernels and heuristics, no comments and docstrings; what adapters launch."""
     digest = hashlib.sha256()
     for config in pairwise():
-        for launch in launches(config):
-            digest.update(launch.key.encode())
-    for path in sorted((ROOT / "fusionpasses" / "kernels").glob("*.py")):
+        if isinstance(config, family.kind):
+            for launch in launches(config):
+                digest.update(launch.key.encode())
+    for name in family.files:
+        path = ROOT / "fusionpasses" / "kernels" / f"{name}.py"
         statement = True  # a string that begins a statement says something, but does nothing
         for token in tokenize.tokenize(io.BytesIO(path.read_bytes()).readline):
             if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
@@ -202,37 +248,37 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-ALL_CHAINS = (*CHAINS, *CACHE_CHAINS)
-_MARKS = ("<!-- codegen -->\n", "<!-- end of codegen -->\n")
+def _marks(family: Family) -> tuple[str, str]:
+    return f"<!-- codegen: {family.name} -->\n", f"<!-- end of codegen: {family.name} -->\n"
 
 
-def stale(document: str, now: str) -> str:
-    """Why the table in the document is not of these sources, or nothing."""
-    found = re.search(r"Sources `(\w+)`", document.partition(_MARKS[0])[2])
+def stale(document: str, family: Family, now: str) -> str:
+    """Why the family's table in the document is not of these sources, or nothing."""
+    start, end = _marks(family)
+    found = re.search(r"Sources `(\w+)`", document.partition(start)[2].partition(end)[0])
     if found and found[1] == now:
         return ""
     was = f"of sources {found[1]}" if found else "missing"
     return (
-        f"docs/compatibility.md: the table of compiled code is {was}, the sources are {now}; run `make codegen` "
-        "(compiles everything, no GPU needed), look at what changed, and commit the file"
+        f"docs/compatibility.md: the table of compiled code ({family.name}) is {was}, the sources are {now}; run "
+        "`make codegen` (compiles everything, no GPU needed), look at what changed, and commit the file"
     )
 
 
-def table(results: list[Result], now: str, triton_version: str) -> str:
+def table(family: Family, results: list[Result], now: str, triton_version: str) -> str:
     lines = [
-        f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, the heuristics asked at",
-        f"{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
+        f"Sources `{now}`, Triton {triton_version}: {len(results)} configurations, {family.grid}",
         "",
-        "| target | " + " | ".join(ALL_CHAINS) + " | how checked |",
-        "|---" * (len(ALL_CHAINS) + 2) + "|",
+        "| target | " + " | ".join(family.chains) + " | how checked |",
+        "|---" * (len(family.chains) + 2) + "|",
     ]
     for target in TARGETS:
         cells = []
-        for chain in ALL_CHAINS:
+        for chain in family.chains:
             here = [r for r in results if (r.config.target, r.config.chain) == (target, chain)]
             bad = sum(r.verdict != "ok" for r in here)
             cells.append((f"{len(here)} compiled" + (f", {bad} refused" if bad else "")) if here else "not checked")
-        run_with, where = RUNS.get(target, ("", ""))
+        run_with, where = RUNS.get((target, family.name), ("", ""))
         changed = "" if run_with == now else ", before the sources changed"
         how = f"compiled; run on {where}{changed}" if where else "compiled, not run"
         lines.append(f"| {target} | {' | '.join(cells)} | {how} |")
@@ -249,14 +295,13 @@ def table(results: list[Result], now: str, triton_version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replaced(document: str, text: str) -> str:
-    before, mark, after = document.partition(_MARKS[0])
-    _, end, after = after.partition(_MARKS[1])
+def replaced(document: str, family: Family, text: str) -> str:
+    start, stop = _marks(family)
+    before, _, after = document.partition(start)
+    _, end, after = after.partition(stop)
     if not end:
-        raise ValueError(
-            f"docs/compatibility.md has no place for the table: want a line {_MARKS[0]!r} and {_MARKS[1]!r}"
-        )
-    return before + mark + text + end + after
+        raise ValueError(f"docs/compatibility.md has no place for the table: want a line {start!r} and {stop!r}")
+    return before + start + text + end + after
 
 
 def compile_all(configs: list[AnyConfig], jobs: int) -> list[Result]:
@@ -278,26 +323,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="table up to date? then only a pairwise subset")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only these; the table is not written")
+    names = [family.name for family in FAMILIES]
+    parser.add_argument("--family", action="append", choices=names, help="only these, and their tables")
     parser.add_argument("--json", type=pathlib.Path, help="write every result here")
     parser.add_argument("--hash", action="store_true", help="print the hash of the sources and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    now = source_hash()
+    families = [family for family in FAMILIES if not args.family or family.name in args.family]
+    now = {family.name: source_hash(family) for family in families}
     if args.hash:
-        print(now)
+        print("\n".join(f"{name}: {value}" for name, value in now.items()))
         return 0
-    if args.check and (why := stale(DOCUMENT.read_text(), now)):
-        print(why, file=sys.stderr)
+    whys = [why for family in families if (why := stale(DOCUMENT.read_text(), family, now[family.name]))]
+    if args.check and whys:
+        print("\n".join(whys), file=sys.stderr)
         return 1
     import triton
 
     start = time.perf_counter()
-    configs = [c for c in (pairwise() if args.check else every(launches)) if not args.target or c.target in args.target]
-    results = compile_all(configs, args.jobs)
+    wanted = tuple(family.kind for family in families)
+    configs = [c for c in (pairwise() if args.check else every(launches)) if isinstance(c, wanted)]
+    results = compile_all([c for c in configs if not args.target or c.target in args.target], args.jobs)
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) | {"verdict": r.verdict} for r in results], indent=1))
-    if not args.check and not args.target:
-        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), table(results, now, triton.__version__)))
+    for family in families if not args.check and not args.target else ():
+        mine = [result for result in results if isinstance(result.config, family.kind)]
+        text = table(family, mine, now[family.name], triton.__version__)
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), family, text))
     bad = [r for r in results if r.verdict != "ok"]
     print(f"{len(results)} compiled, {len(bad)} refused, {time.perf_counter() - start:.0f} s")
     return bool(bad)

@@ -192,6 +192,8 @@ WIDTHS = sorted(
 #: Where one tile is chosen for several of these, it is compiled for the last.
 ROWS = (1, 16384, 4096, 16, 64, 256, 1024)
 
+_CAST_ORDERS = ("cast_scale", "scale_cast")
+
 #: Factors of the subset of quants: every two values of two of them meet.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "target": tuple(TARGETS),
@@ -202,7 +204,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "layout": tuple(LAYOUTS),
     "scale_mode": ("even", "floor", "rceil", "ceil"),
     "weight": ("same", "fp32", "none"),
-    "cast_order": ("cast_scale", "scale_cast"),
+    "cast_order": _CAST_ORDERS,
     "norm_dtype": ("default", "same", "fp32"),
 }
 
@@ -295,12 +297,14 @@ def every(launches: Launches) -> list[AnyConfig]:
     for target in TARGETS:
         widest: dict[Any, dict[Any, Config]] = {}
         for n, rows, chain, dtype in itertools.product(WIDTHS, ROWS, CHAINS, DTYPES):
-            # The heuristics look at the weight's dtype as well.
-            for weight in ("same",) if chain == "quant" else ("same", "fp32"):
-                config = Config(target, chain, dtype, n, rows, weight=weight)
+            # The heuristics look at the weight's dtype and the order of casts as well.
+            weights, orders = (("same",), ("cast_scale",)) if chain == "quant" else (("same", "fp32"), _CAST_ORDERS)
+            for weight, cast_order in itertools.product(weights, orders):
+                config = Config(target, chain, dtype, n, rows, weight=weight, cast_order=cast_order)
                 fills = n & (n - 1) == 0
                 for launch in launches(config):
-                    widest.setdefault(_kind(config, launch), {})[chain, dtype, weight, fills] = config
+                    kept = widest.setdefault(_kind(config, launch), {})
+                    kept[chain, dtype, weight, cast_order, fills] = config
         for (tile, *_), choices in widest.items():
             at = len(configs)
             plain = [*choices.values()][(at + at // len(turns)) % len(choices)]

@@ -41,6 +41,7 @@ def launch_options(
     weight_dtype: torch.dtype | None,
     adds: bool,
     norm_dtype: torch.dtype | None,
+    cast_order: str,
     arch: Arch,
 ) -> tuple[dict[str, int | bool | None], int]:
     """Tile and compile options for this many rows of this many blocks, and how many programs to start.
@@ -88,7 +89,8 @@ def launch_options(
         elif not wide and dtype == torch.bfloat16:
             # Masked, the loads come early with fewer, and more programs fit.
             masked = tile_blocks != row_blocks
-            max_registers = 80 if masked and not stores_norm and arch.name == "sm_90" else 96
+            few_suffice = masked and not stores_norm and cast_order == "cast_scale"
+            max_registers = 80 if few_suffice and arch.name == "sm_90" else 96
         elif not wide:
             # Lifting small blocks takes registers of its own; with a stored norm ptxas is left to itself.
             max_registers = None if stores_norm else 96

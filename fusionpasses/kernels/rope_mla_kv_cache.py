@@ -6,13 +6,14 @@ of one unit a thread:
 ======  ==========================================  ===================================================================
 range   unit                                        does
 ======  ==========================================  ===================================================================
-q       ``VECTOR`` pairs of one head                rotates them into q
 k       ``VECTOR`` pairs of one token               rotates them into the cache, and into k if that is returned
+row     ``ROW_COPIES`` times ``VECTOR`` elements    kv_c into the cache
+q       ``VECTOR`` pairs of one head                rotates them into q
 copy    ``COPIES`` times ``VECTOR`` elements        q_nope into q; or q's programs do, if ``JOINED``
-row     ``VECTOR`` elements of one token            kv_c into the cache
 ======  ==========================================  ===================================================================
 
-Ranges with the longest chains of loads (slot, position, angle, element) come first. ``VECTOR`` is 8, a piece, where all
+What is short and waits for loads that depend on each other (slot, position, angle, element) comes first, so that it is
+not all that runs at the end. ``VECTOR`` is 8, a piece, where all
 widths are multiples of it and all rows are aligned to words; else 1.
 
 Bytes: exactly those of the reference, for every input, on every target; but for a slot that occurs twice.
@@ -37,19 +38,20 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
 
     Measured on an H200 with a latent of 512 and a rope of 64, 16 and 128 heads, 1 to 8192 tokens, in CUDA graphs.
     """
-    warps = 4
     pieces_for_each_unit = -(-2 * nope // rope)
-    copied = tokens * heads * nope // vector
-    # Many rows of q are written faster as wholes. With 16 heads or fewer rows, ranges of their own are faster.
-    joined = nope > 0 and tokens * heads >= 131072 and heads >= 64 and pieces_for_each_unit <= 16
+    # Many rows of q are written faster as wholes; with fewer, what can run at once should.
+    joined = nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
     if joined:
-        warps, copies = 2, pieces_for_each_unit
+        warps, copies, row_copies = 1, pieces_for_each_unit, 8
     else:
+        warps, row_copies = 4, 4 if tokens >= 256 else 1
         # Several loads at once in a thread, as soon as there are programs enough to fill the GPU.
+        copied = tokens * heads * nope // vector
         copies = next((c for c in (4, 2) if copied >= c * warps * arch.warp_size * 2 * arch.processors), 1)
     options: dict[str, int | bool] = {
         "LANES": warps * arch.warp_size,
         "COPIES": copies,
+        "ROW_COPIES": row_copies,
         "JOINED": joined,
         "num_warps": warps,
         # Whether it is on otherwise depends on the Triton version.
@@ -385,7 +387,7 @@ def _store_copied(
         _store(base + (token * (HEADS * STRIDE) + head * STRIDE), unit * VECTOR, pieces[i], exists, VECTOR)
 
 
-@triton.jit(do_not_specialize=["tokens", "q_programs", "k_programs", "copy_programs", "capacity", "table_rows"])
+@triton.jit(do_not_specialize=["tokens", "k_programs", "row_programs", "q_programs", "capacity", "table_rows"])
 def rope_mla_kv_cache(
     nope_ptr,  # None: q is rope(q_pe) alone
     q_pe_ptr,  # None: the write alone, k_pe as it is
@@ -401,9 +403,9 @@ def rope_mla_kv_cache(
     q_ptr,
     k_ptr,  # None: k is not returned
     tokens,
-    q_programs,  # where in the grid the ranges end
-    k_programs,
-    copy_programs,
+    k_programs,  # where in the grid the ranges end
+    row_programs,
+    q_programs,
     capacity,
     table_rows,
     nope_token_stride,
@@ -430,7 +432,8 @@ def rope_mla_kv_cache(
     SCALING: tl.constexpr,  # of a float8 cache: "divide", "multiply" by the reciprocal, "none"; None: no float8
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
-    COPIES: tl.constexpr,
+    COPIES: tl.constexpr,  # pieces of q_nope for a thread
+    ROW_COPIES: tl.constexpr,  # pieces of kv_c for a thread
     JOINED: tl.constexpr,  # who rotates heads of q copies their q_nope, too
     PTX: tl.constexpr,
 ):
@@ -451,47 +454,8 @@ def rope_mla_kv_cache(
             pe_cache_ptr = pe_cache_ptr.to(tl.pointer_type(tl.uint8))
     program = tl.program_id(0)
 
-    if program < q_programs:
-        if q_pe_ptr is not None:
-            if JOINED:
-                nope_tile = program * COPIES
-                nope = _load_copied(
-                    nope_ptr,
-                    nope_tile,
-                    tokens,
-                    nope_token_stride,
-                    nope_head_stride,
-                    HEADS,
-                    NOPE,
-                    COPIES,
-                    VECTOR,
-                    LANES,
-                )
-            token, head, unit, exists = _units(program, tokens, HEADS, Q_UNITS, LANES)
-            angle_row = _angle_row(positions_ptr, token, exists, table_rows, False)
-            p, q, p_at, q_at = _rotated_unit(
-                q_pe_ptr + token * q_pe_token_stride + head.to(tl.int64) * q_pe_head_stride,
-                cos_ptr,
-                sin_ptr,
-                angle_row,
-                unit,
-                exists,
-                cos_row_stride,
-                sin_row_stride,
-                ROPE,
-                FULL,
-                READ_WOVEN,
-                WRITE_WOVEN,
-                VECTOR,
-                PTX,
-            )
-            q_row = q_ptr + (token * (HEADS * (NOPE + ROPE)) + head * (NOPE + ROPE) + NOPE)
-            _store(q_row, p_at, p, exists, VECTOR)
-            _store(q_row, q_at, q, exists, VECTOR)
-            if JOINED:
-                _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)
-    elif program < k_programs:
-        token, _, unit, exists = _units(program - q_programs, tokens, 1, Q_UNITS, LANES)
+    if program < k_programs:
+        token, _, unit, exists = _units(program, tokens, 1, Q_UNITS, LANES)
         slot, written = _slot(slots_ptr, token, exists, capacity, NEGATIVE_SLOTS, False)
         source = k_pe_ptr + token * k_pe_token_stride
         if q_pe_ptr is None:
@@ -525,17 +489,60 @@ def rope_mla_kv_cache(
             pe_row = pe_cache_ptr + _place(slot, pe_cache_block_stride, pe_cache_slot_stride, PAGE)
         _store_in_cache(pe_row, p_at, p, written, scale, dtype, SCALING, VECTOR)
         _store_in_cache(pe_row, q_at, q, written, scale, dtype, SCALING, VECTOR)
-    elif program < copy_programs:
-        if nope_ptr is not None and not JOINED:
-            tile = (program - k_programs) * COPIES
-            pieces = _load_copied(
-                nope_ptr, tile, tokens, nope_token_stride, nope_head_stride, HEADS, NOPE, COPIES, VECTOR, LANES
+    elif program < row_programs:
+        tile = (program - k_programs) * ROW_COPIES
+        pieces = ()
+        for i in tl.static_range(ROW_COPIES):
+            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, LANES)
+            pieces = pieces + (_load(kv_c_ptr + token * kv_c_token_stride, unit * VECTOR, exists, VECTOR),)
+        for i in tl.static_range(ROW_COPIES):
+            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, LANES)
+            slot, written = _slot(slots_ptr, token, exists, capacity, NEGATIVE_SLOTS, True)
+            row = cache_ptr + _place(slot, cache_block_stride, cache_slot_stride, PAGE)
+            _store_in_cache(row, unit * VECTOR, pieces[i], written, scale, dtype, SCALING, VECTOR)
+    elif program < q_programs:
+        if q_pe_ptr is not None:
+            if JOINED:
+                nope_tile = (program - row_programs) * COPIES
+                nope = _load_copied(
+                    nope_ptr,
+                    nope_tile,
+                    tokens,
+                    nope_token_stride,
+                    nope_head_stride,
+                    HEADS,
+                    NOPE,
+                    COPIES,
+                    VECTOR,
+                    LANES,
+                )
+            token, head, unit, exists = _units(program - row_programs, tokens, HEADS, Q_UNITS, LANES)
+            angle_row = _angle_row(positions_ptr, token, exists, table_rows, False)
+            p, q, p_at, q_at = _rotated_unit(
+                q_pe_ptr + token * q_pe_token_stride + head.to(tl.int64) * q_pe_head_stride,
+                cos_ptr,
+                sin_ptr,
+                angle_row,
+                unit,
+                exists,
+                cos_row_stride,
+                sin_row_stride,
+                ROPE,
+                FULL,
+                READ_WOVEN,
+                WRITE_WOVEN,
+                VECTOR,
+                PTX,
             )
-            _store_copied(q_ptr, pieces, tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)
+            q_row = q_ptr + (token * (HEADS * (NOPE + ROPE)) + head * (NOPE + ROPE) + NOPE)
+            _store(q_row, p_at, p, exists, VECTOR)
+            _store(q_row, q_at, q, exists, VECTOR)
+            if JOINED:
+                _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)
     else:
-        L_UNITS: tl.constexpr = LATENT // VECTOR
-        token, _, unit, exists = _units(program - copy_programs, tokens, 1, L_UNITS, LANES)
-        slot, written = _slot(slots_ptr, token, exists, capacity, NEGATIVE_SLOTS, True)
-        piece = _load(kv_c_ptr + token * kv_c_token_stride, unit * VECTOR, exists, VECTOR)
-        row = cache_ptr + _place(slot, cache_block_stride, cache_slot_stride, PAGE)
-        _store_in_cache(row, unit * VECTOR, piece, written, scale, dtype, SCALING, VECTOR)
+        if nope_ptr is not None and not JOINED:
+            nope_tile = (program - q_programs) * COPIES
+            nope = _load_copied(
+                nope_ptr, nope_tile, tokens, nope_token_stride, nope_head_stride, HEADS, NOPE, COPIES, VECTOR, LANES
+            )
+            _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)

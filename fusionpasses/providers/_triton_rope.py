@@ -119,13 +119,12 @@ def _launch_rope(
     vector = 8 if rope % 16 == 0 and nope % 8 == 0 and latent % 8 == 0 and all(map(_in_words, rows)) else 1
     gpu = arch.of(k_pe.device)
     options: dict[str, Any] = kernel.launch_options(tokens, heads, nope, rope, vector, gpu)
-    lanes, copies = options["LANES"], options["COPIES"]
-    turned = tokens * rope // (2 * vector)
-    q_programs = 0 if q_pe is None else -(-turned * heads // lanes)
-    k_programs = q_programs - (-turned // lanes)
-    copied = 0 if options["JOINED"] else tokens * heads * nope // vector
-    copy_programs = k_programs - (-copied // (lanes * copies))
-    programs = copy_programs - (-tokens * (latent // vector) // lanes)
+    lanes = options["LANES"]
+    turned, copied = tokens * rope // (2 * vector), 0 if options["JOINED"] else tokens * heads * nope // vector
+    k_programs = -(-turned // lanes)
+    row_programs = k_programs - (-tokens * (latent // vector) // (lanes * options["ROW_COPIES"]))
+    q_programs = row_programs - (0 if q_pe is None else -turned * heads // lanes)
+    programs = q_programs - (-copied // (lanes * options["COPIES"]))
     with _launch.on_device_of(k_pe):
         _launch.launch(
             kernel.rope_mla_kv_cache,
@@ -144,9 +143,9 @@ def _launch_rope(
             q,
             k,
             tokens,
-            q_programs,
             k_programs,
-            copy_programs,
+            row_programs,
+            q_programs,
             kv_cache.shape[:-1].numel(),
             None if cos is None else cos.shape[0],
             *(q_nope.stride()[:2] if q_nope is not None else (None, None)),

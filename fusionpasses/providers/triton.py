@@ -174,6 +174,7 @@ def _launch_norm(
         None if weight is None else weight.dtype,
         residual is not None,
         None if norm is None else norm.dtype,
+        cast_order,
         gpu,
     )
     options: dict[str, Any] = {**chosen}
