@@ -2,14 +2,15 @@
 
 ``python -m benchmarks.decode_step [--batch B ...] [--mode M ...] [--json FILE]``, on a GPU.
 
-The model is transformers' DeepSeek-V3 with random weights: four layers, all dense, linears quantised to MXFP4, one new
-token for each of ``--batch`` sequences, a static cache of ``--context`` tokens (transformers keeps the latent in it and
-expands all of it in every step, so attention and what feeds it grow with batch * context).
+Four layers, all dense, random weights, linears in MXFP4, one new token for each of ``--batch`` sequences, room for
+``--context`` tokens. ``--model absorbed`` is that of ``examples/mla_decode.py``, as serving engines write it: absorbed
+attention over a paged latent cache. ``--model transformers`` is transformers' DeepSeek-V3 with a static cache, of which
+it expands all in every step, so that attention and what feeds it grow with batch * context and hide the rest.
 
 ======  ==============================================================================================================
 fused   ``torch.compile(backend=fusion_backend())``
-plain   ``torch.compile(backend="inductor")`` on the same weights, the activation quant written in aten ops that
-        Inductor traces and may fuse, feeding the same ``mxfp4_gemm`` op
+plain   ``torch.compile(backend="inductor")`` on the same weights; quants and cache writes in aten ops that Inductor
+        traces and may fuse, feeding the same ``mxfp4_gemm`` op
 ======  ==============================================================================================================
 
 ``mxfp4_gemm`` is a reference of several eager kernels, the same on both sides, and dwarfs the step; so the step's time
@@ -28,7 +29,6 @@ model has eager's very bytes where it rounds as eager does is for the tests to s
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import pathlib
 import statistics
@@ -43,114 +43,14 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 import fusionpasses as fp
+from benchmarks.decode_models import MODELS, REAL, TINY, Decoding, plain_twin
 from benchmarks.kernel_classes import ATTENTION, GEMM, REST, UNCLEAR, BytesMoved, Kernel, as_learned, kernels_by_step
 from benchmarks.kernel_classes import summary as summary_of
-from fusionpasses.bench.chains import aten_quant
 
 BATCHES = (1, 16, 64, 256)
 MODES = ("default", "reduce-overhead")
 SIDES = ("fused", "plain")
 STEP = "decode_step"
-
-REAL: dict[str, int] = {
-    "vocab_size": 4096,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-}
-TINY = REAL | {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 32,
-}
-
-
-class AtenMxfp4Linear(fp.Mxfp4Linear):
-    """The same layer with its quant in aten ops."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes, scales = aten_quant(x)
-        y: Tensor = torch.ops.fusionpasses.mxfp4_gemm(
-            codes, scales, self.weight_packed, self.weight_scale, self.bias, out_dtype=x.dtype
-        )
-        return y
-
-
-def build(sizes: dict[str, int], device: str) -> nn.Module:
-    """The quantised model; weights are made on the device, in bfloat16."""
-    import transformers
-
-    config = transformers.DeepseekV3Config(
-        **sizes,
-        num_key_value_heads=sizes["num_attention_heads"],
-        first_k_dense_replace=sizes["num_hidden_layers"],
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model: nn.Module = transformers.DeepseekV3ForCausalLM(config).eval()
-            # As large a residual stream as trained models have, or each layer's output would replace it.
-            nn.init.normal_(model.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
-    finally:
-        torch.set_default_dtype(before)
-    return fp.quantize_mxfp4(model)
-
-
-def plain_twin(model: nn.Module) -> nn.Module:
-    """A copy that shares every weight and quantises in aten ops."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    for module in twin.modules():
-        if type(module) is fp.Mxfp4Linear:
-            module.__class__ = AtenMxfp4Linear
-    return twin
-
-
-class Decoding:
-    """A batch in the middle of its context: the cache, the new tokens, and the step."""
-
-    def __init__(self, model: Any, batch: int, context: int, device: str) -> None:
-        import transformers
-
-        generator = torch.Generator().manual_seed(batch)
-        self.tokens = torch.randint(0, model.config.vocab_size, (batch, 1), generator=generator).to(device)
-        self.start = context // 2
-        self.positions = torch.full((batch, 1), self.start, device=device)
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=context)
-        model(self.tokens, past_key_values=self.cache)  # eager: allocates the cache at addresses that stay
-        torch.manual_seed(1)
-        for layer in self.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Back to the first step; every step moves the cache on by one token."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.start)
-
-    def step_of(self, model: nn.Module) -> Callable[[], Tensor]:
-        def step() -> Tensor:
-            logits: Tensor = model(self.tokens, past_key_values=self.cache, position_ids=self.positions).logits
-            return logits
-
-        return step
 
 
 def compiled_step(
@@ -205,7 +105,7 @@ def profiled(step: Callable[[], Tensor], decoding: Decoding, steps: int = 3) -> 
 
 def noisy_logits(model: Any, decoding: Decoding) -> Tensor:
     """Eager's logits with random embeddings of the new tokens moved by their last bit."""
-    weight = model.model.embed_tokens.weight
+    weight = decoding.embedding(model)
     rows = decoding.tokens.unique()
     before = weight[rows].clone()
     bits = before.view(torch.int16)
@@ -223,10 +123,16 @@ def _off(logits: Tensor, eager: Tensor) -> float:
 
 @torch.no_grad()
 def measure(
-    models: dict[str, nn.Module], batch: int, modes: Sequence[str], context: int, steps: int, device: str
+    kind: type[Decoding],
+    models: dict[str, nn.Module],
+    batch: int,
+    modes: Sequence[str],
+    context: int,
+    steps: int,
+    device: str,
 ) -> list[dict[str, Any]]:
     """Rows of one batch size, printed as they come."""
-    decoding = Decoding(models["fused"], batch, context, device)
+    decoding = kind(models["fused"], batch, context, device)
     eager = decoding.step_of(models["fused"])().float()
     decoding.rewind()
     noise = _off(noisy_logits(models["fused"], decoding), eager)
@@ -308,7 +214,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, metavar="B")
     parser.add_argument("--mode", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--context", type=int, default=128, help="tokens of the static cache")
+    parser.add_argument("--model", default="absorbed", choices=list(MODELS))
+    parser.add_argument("--context", type=int, default=128, help="tokens that the cache holds for each sequence")
     parser.add_argument("--steps", type=int, default=8, help="steps in a row for the step's time")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no batch after this"
@@ -327,11 +234,10 @@ def main(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU (nothing is timed)"
     sizes = TINY if args.tiny else REAL
-    print(
-        f"{where}, torch {torch.__version__}, {sizes['num_hidden_layers']} layers, context {args.context}", flush=True
-    )
+    layers = sizes["num_hidden_layers"]
+    print(f"{where}, torch {torch.__version__}, {args.model}, {layers} layers, context {args.context}", flush=True)
     with torch.no_grad():
-        fused = build(sizes, device)
+        fused = MODELS[args.model].build(sizes, device)
         models = {"fused": fused, "plain": plain_twin(fused)}
     print(f"{len(fp.last_quantization().quantized)} linears in MXFP4, made in {time.perf_counter() - started:.0f} s")
     print(HEAD, flush=True)
@@ -343,10 +249,11 @@ def main(arguments: Sequence[str]) -> int:
         if spent > args.budget:
             print(f"left out after {spent:.0f} s: batch {', '.join(map(str, args.batch[done:]))}")
             break
-        rows += measure(models, batch, modes, args.context, args.steps, device)
+        rows += measure(MODELS[args.model], models, batch, modes, args.context, args.steps, device)
         print(f"-- batch {done + 1} of {len(args.batch)}, {time.perf_counter() - started:.0f} s", flush=True)
         if args.json:
-            environment = {"device": where, "torch": torch.__version__, "context": args.context, "sizes": sizes}
+            environment = {"device": where, "torch": torch.__version__, "model": args.model}
+            environment |= {"context": args.context, "sizes": sizes}
             args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     print("\n".join(["", *verdicts(rows)]))
     return int(not all(row["right"] for row in rows))

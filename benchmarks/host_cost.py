@@ -29,6 +29,7 @@ import torch
 import triton
 from torch._inductor.utils import run_and_get_code
 
+from benchmarks import rope_mla_kv_cache
 from fusionpasses.ops import OPS
 from fusionpasses.providers import _launch
 from fusionpasses.providers.triton import ADAPTERS
@@ -40,6 +41,13 @@ Call = Callable[[], Any]
 
 
 def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "mla" in name:
+        # As many tokens as x has rows, of four heads.
+        b = rope_mla_kv_cache.buffers(len(x), 4, x.device.type)
+        if name.startswith("concat"):
+            return (b["kv_c"], b["k_pe"], b["kv_cache"], b["slots"]), {}
+        names = ("q_nope",) * ("absorbed" in name) + ("q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
+        return tuple(b[name] for name in names), rope_mla_kv_cache.KWARGS | {"positions": b["positions"]}
     if "norm" not in name:
         return (x,), {"scale_mode": "even"}
     tensors = (x, x.clone()) if "add" in name else (x,)
@@ -80,7 +88,7 @@ def bare_launch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     """The launch that the adapter makes, and nothing else; keeps the outputs."""
     launches: list[Call] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], *values: Any, **constants: Any) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], *values: Any, mutates: Any = (), **constants: Any) -> None:
         launches.append(lambda: kernel[grid](*values, **constants))
 
     with mock.patch.object(_launch, "launch", record):
@@ -101,12 +109,13 @@ def compiled_share(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dev
 
 
 def _compiled(overload: Any, count: int, tensors: list[torch.Tensor], rest: Any, kwargs: dict[str, Any]) -> Any:
-    def graph(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [overload(*tensors, *rest, provider="triton", **kwargs)[0] for _ in range(count)]
+    def graph(*tensors: torch.Tensor) -> list[Any]:
+        outputs = [overload(*tensors, *rest, provider="triton", **kwargs) for _ in range(count)]
+        return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     compiled = torch.compile(graph, fullgraph=True)
     _, sources = run_and_get_code(compiled, *tensors)
-    called = sum(source.count(f" = torch.ops.{overload}(") for source in sources)
+    called = sum(source.count(f"torch.ops.{overload}(") for source in sources)
     if called != count:
         raise RuntimeError(f"{overload}: the compiled graph has {called} calls, not {count}")
     return compiled
@@ -153,13 +162,13 @@ def main() -> int:
     gc.disable()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
     columns = ("eager", "compiled", "new rows")
-    print(f"{args.rows} x {args.width:<22} {'bare':>6}" + "".join(f"{column:>17}" for column in columns))
+    print(f"{args.rows} x {args.width:<30} {'bare':>6}" + "".join(f"{column:>17}" for column in columns))
     results = []
     for name in ADAPTERS:
         row = measure(name, args.rows, args.width)
         results.append(row)
         shown = "".join(f"{row[column]:9.1f} ({row[column] - row['bare']:+5.1f})" for column in columns)
-        print(f"{name:33} {row['bare']:6.1f}{shown}", flush=True)
+        print(f"{name:41} {row['bare']:6.1f}{shown}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(results, file, indent=1)
