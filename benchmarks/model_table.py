@@ -32,7 +32,7 @@ def proof(name: str, dtype: str, dynamic: bool, device: str) -> bool:
         result = capture(model, (tokens,), dynamic=dynamic)
     counts = result.report.counts
     got = counts.get("rmsnorm_mxfp4_quant", 0), counts.get("rmsnorm_add_mxfp4_quant", 0)
-    quants = sum(len(s.anchors) for s in result.report.fused)
+    quants = sum(len(s.anchors) for s in result.report.fused if s.pass_name == "rmsnorm_mxfp4_quant")
     c = result.comparison
     right = got == (tiny.fused, tiny.fused_add) and quants == tiny.quants and not result.report.refused
     providers = ",".join(sorted({s.provider for s in result.report.fused}))

@@ -9,6 +9,7 @@
           spellings.txt                   every spelling and guard of the recogniser, printed from its tables
           before.py, after.py             the whole graph
           site-00-fused.txt               matched subgraph and its replacement; site-01-refused.txt: the reason
+        1-fused_rope_mla_kv_cache/        the same of the next pass
         report.json, report.txt
 
 Nothing is overwritten: folders are created exclusively, by process and by graph. Compile caches are bypassed while
@@ -121,10 +122,10 @@ class GraphDump:
 def tables(fusion_pass: FusionPass) -> str:
     """The tables a pass executes, as text."""
     lines = [f"pass {fusion_pass.name}", "", "anchors:"]
-    for anchor in fusion_pass.anchors.values():
-        argument = anchor.scale_mode_argument
-        mode = f"scale mode in {argument!r}" if argument is not None else f"scale_mode={anchor.scale_mode!r}"
-        lines.append(f"  {anchor.schema}  ({mode}, {anchor.layout})")
+    lines += [f"  {anchor.schema}\n      {_meaning(asdict(anchor))}" for anchor in fusion_pass.anchors.values()]
+    if fusion_pass.targets:
+        lines += ["", "nodes where a site may begin:"]
+        lines += [f"  {target}" for target in fusion_pass.targets]
     for title, spellings in fusion_pass.spellings.items():
         lines += ["", f"{title}:"]
         for spelling in spellings:
@@ -135,6 +136,12 @@ def tables(fusion_pass: FusionPass) -> str:
         lines += ["", f"guards, {title}:"]
         lines += [f"  {guard.name}: {guard.requires}" for guard in guards]
     return "\n".join(lines) + "\n"
+
+
+def _meaning(values: dict[str, object]) -> str:
+    """What was registered of an op, from the fields of its anchor. An argument that carries a value stands for it."""
+    told = {name: value for name, value in values.items() if name not in ("op", "schema") and value not in (None, ())}
+    return ", ".join(f"{name}={value!r}" for name, value in told.items() if values.get(f"{name}_argument") is None)
 
 
 def _readable(module: fx.GraphModule, stage: str, name: str) -> str:

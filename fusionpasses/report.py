@@ -20,6 +20,9 @@ COMPILED = "compiled"
 FROM_CACHE = "from cache"
 CACHE_UNKNOWN = "from cache, report unavailable"
 
+#: What each pass starts from, for readers.
+ANCHORS = {"rmsnorm_mxfp4_quant": "quant", "fused_rope_mla_kv_cache": "cache write"}
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')
 _ROOT = re.compile(r"^L\['(?:self|fn)'\](?:\.|$)")  # fn: how Dynamo calls a module of torch's own, like nn.Sequential
 _LOCAL = re.compile(r"^L\['(?P<name>[^']+)'\]")
@@ -84,10 +87,10 @@ class Site:
     Attributes:
         pass_name: the pass that judged it.
         status: "fused", "refused" or "nothing to fuse".
-        op: the op inserted (``packet.overload``), or the anchor op that was left.
+        op: the op inserted (``packet.overload``), or the anchor op that was left; "rope" for a rotation without one.
         provider: who runs the inserted op; empty unless fused.
-        where: the module and line of the producer (the norm), or of the anchor when there is none.
-        anchors: the modules and lines of the quants.
+        where: the module and line of the producer (the norm, the rotation of k), or of the anchor when there is none.
+        anchors: the modules and lines of what the pass starts from (the quants, the cache write).
         spelling: how the producer was written, in the recogniser's terms.
         reason: why it was refused or what was found instead; empty when fused.
         notes: what a better variant would have needed, and other remarks.
@@ -106,14 +109,21 @@ class Site:
     matched: str = ""
     replacement: str = ""
 
+    @property
+    def anchor_kind(self) -> str:
+        """What its anchors are: "quant", "cache write"."""
+        return ANCHORS.get(self.pass_name, "anchor")
+
     def lines(self) -> list[str]:
         head = f"{self.op}" + (f" [{self.provider}]" if self.provider else "")
         out = [f"{head}  {self.where.module or '(no module)'}", f"    at {self.where.line}"]
         places: dict[str, list[str]] = {}
         for anchor in self.anchors:
             if anchor != self.where:
-                places.setdefault(anchor.line, []).append(anchor.module or "(no module)")
-        out += [f"    quant for {', '.join(modules)} at {line}" for line, modules in places.items()]
+                places.setdefault(anchor.line, []).extend([anchor.module] if anchor.module else [])
+        for line, modules in places.items():
+            owners = f" for {', '.join(modules)}" if modules else ""
+            out.append(f"    {self.anchor_kind}{owners} at {line}")
         if self.reason:
             out.append(f"    because {self.reason}")
         out += [f"    note: {note}" for note in self.notes]
@@ -191,10 +201,12 @@ class Report:
     def __str__(self) -> str:
         if not self.graphs:
             return "fusionpasses: nothing was compiled yet; call the compiled model once"
-        quants = sum(len(s.anchors) for s in self.fused)
+        fused = _plural(len(self.fused), "site") + " fused"
+        anchors = Counter(s.anchor_kind for s in self.fused for _ in s.anchors)
+        if anchors:
+            fused += f" ({', '.join(_plural(count, kind) for kind, count in anchors.items())})"
         head = (
-            f"fusionpasses: {_plural(len(self.graphs), 'graph')}, {_plural(len(self.fused), 'site')} fused "
-            f"({_plural(quants, 'quant')}), {len(self.refused)} refused, "
+            f"fusionpasses: {_plural(len(self.graphs), 'graph')}, {fused}, {len(self.refused)} refused, "
             f"{len(self.sites(NOTHING))} with nothing to fuse"
         )
         return "\n".join([head, *map(str, self.graphs)])
@@ -205,4 +217,5 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _is_shown(op: str) -> bool:
-    return "mxfp4" in op or op.startswith("fusionpasses")
+    """Our ops, and those of others that are named alike."""
+    return "mxfp4" in op or "_mla" in op

@@ -20,6 +20,8 @@ from torch._inductor.utils import fresh_cache
 import fusionpasses as fp
 from fusionpasses import anchors, backend, dynamo_floats
 from fusionpasses.backend import compile_fn
+from fusionpasses.patterns import PASS_NAMES
+from fusionpasses.report import ANCHORS, GraphReport, Site, Where
 
 ONE = {"rmsnorm_mxfp4_quant": 1}
 PRE, POST = "post_grad_custom_pre_pass", "post_grad_custom_post_pass"
@@ -521,6 +523,57 @@ def test_an_empty_report():
     assert (fp.Report().counts, fp.Report().fused, fp.Report().refused) == ({}, [], [])
 
 
+def site(pass_name: str, status: str, op: str, anchors: int = 0, **rest: Any) -> Site:
+    places = tuple(Where(f"layers.{i}") for i in range(anchors))
+    return Site(pass_name, status, op, Where("norm"), places, **rest)
+
+
+def test_a_report_says_what_the_anchors_of_each_pass_are():
+    norm, rope = PASS_NAMES
+    one = [site(norm, "fused", "rmsnorm_mxfp4_quant.default", 2, provider="triton", notes=("a note",))]
+    two = [
+        site(rope, "fused", "fused_rope_mla_kv_cache.absorbed", 1, provider="reference"),
+        site(rope, "refused", "aten.index_put.default", 1, reason="a reason"),
+        site(rope, "nothing to fuse", "rope", reason="another"),
+    ]
+    ops = {"dynamic_mxfp4_quant": 2, "aten.mul": 9, "mylib.concat_and_cache_mla": 1}, {"fused_rope_mla_kv_cache": 1}
+    graphs = [GraphReport("0/0", "inference", "compiled", 20, 10, *ops, sites) for sites in ([*one, *two], two[1:])]
+    assert str(fp.Report(graphs)).splitlines() == [
+        "fusionpasses: 2 graphs, 2 sites fused (2 quants, 1 cache write), 2 refused, 2 with nothing to fuse",
+        "graph 0/0 (inference), compiled: 20 -> 10 nodes, passes took 0.0 ms",
+        "  op                          before  after",
+        "  dynamic_mxfp4_quant              2      0",
+        "  fused_rope_mla_kv_cache          0      1",
+        "  mylib.concat_and_cache_mla       1      0",
+        "  fused (2):",
+        "    rmsnorm_mxfp4_quant.default [triton]  norm",
+        "        at source line unknown",
+        "        quant for layers.0, layers.1 at source line unknown",
+        "        note: a note",
+        "    fused_rope_mla_kv_cache.absorbed [reference]  norm",
+        "        at source line unknown",
+        "        cache write for layers.0 at source line unknown",
+        "  refused (1):",
+        "    aten.index_put.default  norm",
+        "        at source line unknown",
+        "        cache write for layers.0 at source line unknown",
+        "        because a reason",
+        "  nothing to fuse (1):",
+        "    rope  norm",
+        "        at source line unknown",
+        "        because another",
+        *str(graphs[1]).splitlines(),
+    ]
+    without_module = Site(rope, "fused", "", Where("layers.0"), (Where(), Where(stack_trace="?")))
+    assert without_module.lines()[2:] == ["    cache write at source line unknown"]
+    # Nothing is counted where nothing was fused.
+    assert str(fp.Report(graphs[1:])).startswith("fusionpasses: 1 graph, 0 sites fused, 1 refused, 1 with nothing")
+
+
+def test_every_pass_has_a_word_for_its_anchors():
+    assert tuple(ANCHORS) == PASS_NAMES
+
+
 def test_a_deep_copy_reports_to_the_same_place():
     fusing = fp.fusion_backend()
     copied = copy.deepcopy({"backend": fusing})["backend"]
@@ -556,7 +609,7 @@ def test_no_passes_fuse_nothing():
     model, x = Projection(), tokens()
     result = compile_and_run(model, x, backend=fp.fusion_backend(passes=()))
     (graph,) = result.report.graphs
-    message = "not run, because passes=(): rmsnorm_mxfp4_quant"
+    message = "not run, because passes=(): rmsnorm_mxfp4_quant, fused_rope_mla_kv_cache"
     assert (graph.sites, graph.messages, graph.ops_before) == ([], [message], graph.ops_after)
 
 

@@ -20,8 +20,8 @@ from torch._inductor.pattern_matcher import PatternPrettyPrinter
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fusionpasses as fp
-from fusionpasses import dump
-from fusionpasses.patterns import pass_class
+from fusionpasses import anchors, dump
+from fusionpasses.patterns import PASS_NAMES, pass_class
 from fusionpasses.patterns._pass import Guard
 
 PASS = "rmsnorm_mxfp4_quant"
@@ -62,6 +62,9 @@ def test_the_files_of_one_graph(folder):
         f"graph-000/0-{PASS}/before.py",
         f"graph-000/0-{PASS}/site-00-fused.txt",
         f"graph-000/0-{PASS}/spellings.txt",
+        "graph-000/1-fused_rope_mla_kv_cache/after.py",
+        "graph-000/1-fused_rope_mla_kv_cache/before.py",
+        "graph-000/1-fused_rope_mla_kv_cache/spellings.txt",
         "graph-000/report.json",
         "graph-000/report.txt",
     ]
@@ -155,12 +158,13 @@ def test_dumps_are_utf8(folder, monkeypatch):
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def test_every_spelling_and_guard_is_printed_from_the_tables_that_execute(folder):
+@pytest.mark.parametrize(("number", "name"), [*enumerate(PASS_NAMES)])
+def test_every_spelling_and_guard_is_printed_from_the_tables_that_execute(number, name, folder):
     compile_and_run(Projection(), tokens())
-    text = (process_folder(folder) / "graph-000" / f"0-{PASS}" / "spellings.txt").read_text()
+    text = (process_folder(folder) / "graph-000" / f"{number}-{name}" / "spellings.txt").read_text()
     # Without indentation, which is layout.
     lines = [line.strip() for line in text.splitlines()]
-    table = pass_class(PASS)
+    table = pass_class(name)
     for title, spellings in table.spellings.items():
         start = lines.index(f"{title}:") + 1
         expected: list[str] = []
@@ -172,8 +176,32 @@ def test_every_spelling_and_guard_is_printed_from_the_tables_that_execute(folder
     for title, guards in table.guards.items():
         start = lines.index(f"guards, {title}:") + 1
         assert lines[start : start + len(guards)] == [f"{g.name}: {g.requires}" for g in guards]
-    assert "fusionpasses::dynamic_mxfp4_quant(Tensor x" in text
-    assert "(scale mode in 'scale_mode', row_major)" in text
+    targets = [str(target) for target in table.targets]
+    start = lines.index("nodes where a site may begin:") + 1 if targets else 0
+    assert lines[start : start + len(targets)] == targets
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "meaning"),
+    [
+        (PASS, "dynamic_mxfp4_quant(Tensor x", "scale_mode_argument='scale_mode', layout='row_major'"),
+        (
+            "fused_rope_mla_kv_cache",
+            "concat_and_cache_mla(Tensor kv_c",
+            "layout='rows [kv_c | k_pe]', ignored=('provider',), rows=('kv_c', 'k_pe', 'kv_cache', 'slots'), "
+            "pe_cache='pe_cache', cache_scale='cache_scale', scaling_argument='scaling'",
+        ),
+    ],
+)
+def test_anchors_are_printed_with_what_was_registered(name, op, meaning):
+    fusion_pass = pass_class(name)(fp.FusionConfig(), anchors.registered_anchors())
+    lines = dump.tables(fusion_pass).splitlines()
+    at = lines.index("anchors:") + 1
+    assert lines[at].startswith(f"  fusionpasses::{op}")
+    assert lines[at + 1].startswith(f"      {meaning}")
+    # No value, and none that an argument carries.
+    assert "None" not in lines[at + 1]
+    assert " scaling=" not in lines[at + 1]
 
 
 def test_a_table_that_grows_is_printed_and_executes(folder, monkeypatch):

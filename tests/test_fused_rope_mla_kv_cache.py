@@ -366,6 +366,18 @@ def test_what_must_not_fire_says_why(parts: dict[str, Any], reason: str) -> None
     assert reason in refusal(changed(**parts), Model(numbers=(7, 3, 0, 6, 5, 2)).inputs())
 
 
+def test_a_k_without_an_axis_of_heads_is_not_passed_over_in_silence() -> None:
+    def step(q: Tensor, k: Tensor, kv_c: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
+        cache[slots] = torch.cat([kv_c, neox(k, cos, sin)], -1) * 2
+        return neox(q, cos[:, None], sin[:, None])
+
+    given = [(3, HEADS, ROPE), (3, ROPE), (3, LATENT), (3, ROPE), (3, ROPE)]
+    tensors = [torch.randn(shape).bfloat16() for shape in given]
+    cache = torch.randn(16, LATENT + ROPE).bfloat16()
+    reason = refusal(step, [*tensors, torch.tensor([7, 0, 3]), cache])
+    assert "the rows that aten.index_put.default writes are computed from it by aten.mul.Tensor" in reason
+
+
 @pytest.mark.parametrize(
     ("part", "shape", "reason"),
     [

@@ -114,13 +114,15 @@ class RopeMlaKvCache(FusionPass):
                 for write in readings:
                     if anchor in found or len(write.parts) > parts or not taken.isdisjoint(write.parts):
                         continue
-                    k = _rope.recognise(write.k)
-                    if k is not None:
-                        found[anchor] = write, k
+                    rope = _rope.recognise(write.k)
+                    if rope is not None:
+                        found[anchor] = write, rope
                         taken.update(write.parts)
         for anchor, readings in writes.items():
             if anchor not in found and readings and readings[0].by_op:
-                self._left[anchor] = f"k_pe is no rotation: {_rope.explain(readings[0].k) or readings[0].k.target}"
+                k = readings[0].k
+                made_by = "an input of the graph" if k.op == "placeholder" else k.target
+                self._left[anchor] = f"k_pe is no rotation: {_rope.explain(k) or made_by}"
             elif anchor not in found and anchor.target in WRAPPERS:
                 self._left[anchor] = "what the call writes is not put back into a tensor that is read"
         return {anchor: found[anchor] for anchor in sorted(found)}
@@ -133,7 +135,8 @@ class RopeMlaKvCache(FusionPass):
 
     def judge(self, node: fx.Node) -> Judgement | None:
         name = str(node.args[0] if node.target in WRAPPERS else node.target)
-        site = Site(self.name, REFUSED, name, Where.of(node.meta))
+        here = Where.of(node.meta)
+        site = Site(self.name, REFUSED, name.removeprefix("fusionpasses."), here, (here,))
         c = self._candidates.get(node)
         if c is None:
             site.reason = self._left.get(node, "")
@@ -274,9 +277,11 @@ class RopeMlaKvCache(FusionPass):
 
 
 def _one_head(node: fx.Node) -> Rope | None:
-    """The rotation whose result is ``node``, if an axis before the last two has size 1: perhaps the k of MLA."""
+    """The rotation whose result is ``node``, if it has one head or no axis of heads: perhaps the k of MLA."""
     value = tensor_of(node) if node.target in _rope.ROOTS else None
-    if value is None or value.dim() < 3 or not any(statically_known_true(size == 1) for size in value.shape[:-1]):
+    if value is None or value.dim() < 2:
+        return None
+    if value.dim() > 2 and not any(statically_known_true(size == 1) for size in value.shape[:-1]):
         return None
     return _rope.recognise(node)
 
