@@ -285,8 +285,8 @@ def table(family: Family, results: list[Result], now: str, triton_version: str) 
     lanes = [r for r in results if r.in_lanes]
     if lanes:
         most = max(lanes, key=lambda r: r.in_lanes)
-        lines += ["", f"{len(lanes)} for AMD keep scalars in lanes of vector registers (no memory); most of them, "]
-        lines[-1] += f"{most.in_lanes}: {most.config}."
+        lines += ["", "Scalars in lanes of vector registers, which is no memory: in "]
+        lines[-1] += f"{len(lanes)} for AMD, most of them ({most.in_lanes}) in {most.config}."
     bad = [r for r in results if r.verdict != "ok"]
     if bad:
         lines += ["", "Refused:", ""]

@@ -40,7 +40,7 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
     """
     pieces_for_each_unit = -(-2 * nope // rope)
     # Many rows of q are written faster as wholes; with fewer, what can run at once should.
-    joined = nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
+    joined = vector > 1 and nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
     if joined:
         warps, copies, row_copies = 1, pieces_for_each_unit, 8
     else:
