@@ -8,9 +8,9 @@ subset in which every two values of (target, chain, dtype, width, rows, layout, 
 (target, fusion, dtype, tile) they answer is compiled once, at the widest row it is chosen for. Whether the norm is
 stored and the remaining arguments take turns, so that every two of their values meet (``tools/configs.py``).
 
-A configuration is refused if a register spills to memory, shared memory is used for more than a row's sum, an aligned
-row is loaded or anything but scales stored in less than 16 bytes a thread, a product and a sum were contracted where
-the source does not ask for it, or instructions that a fast path is there for are missing.
+A configuration is refused if a register spills, shared memory is used for more than a row's sum, an aligned row is
+loaded or anything but scales stored in less than 16 bytes a thread, a product and a sum were contracted where the
+source does not ask for it, or instructions that a fast path is there for are missing.
 """
 
 from __future__ import annotations
@@ -87,16 +87,12 @@ RUNS = {
 
 # ---- what came out
 
-#: gfx942 rounds to bfloat16 by compares, whose results are pairs of scalars, and has about a hundred of those.
-MOST_IN_LANES = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     config: AnyConfig
     warps: int = 0
     spilled: int = 0  # bytes
-    in_lanes: int = 0  # on AMD: scalars in lanes of vector registers
     shared: int = 0
     sums: int = 0  # bytes of shared memory in which warps exchange the sum of their row
     loads: tuple[int, ...] = ()  # bytes of one thread's accesses to global memory, each size once
@@ -115,8 +111,6 @@ class Result:
         wrong = [f"no instruction for: {what}" for what in self.missing]
         if self.spilled:
             wrong.append(f"spills {self.spilled}")
-        if self.in_lanes > MOST_IN_LANES:
-            wrong.append(f"{self.in_lanes} scalars in lanes of vector registers")
         if self.shared > self.sums:
             wrong.append(f"shared memory {self.shared} > {self.sums}")
         if not self.loads or any(size < self.wanted_load and size != self.index_load for size in self.loads):
@@ -144,13 +138,13 @@ def disassembled(cubin: bytes) -> tuple[str, int]:
     return text, max(map(int, sizes))
 
 
-def gcn_spilled(code: str) -> tuple[int, int]:
-    """Bytes a thread keeps in scratch memory; scalars a wave keeps in lanes of its vector registers."""
+def gcn_spilled(code: str) -> int:
+    """Bytes a thread keeps in scratch, or a wave in lanes of its vector registers, for want of registers."""
     found = re.findall(r"\.(sgpr_spill_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
     if len(found) != 3:
         raise RuntimeError(f"the code object names {len(found)} of 3 counts of spills")
     count = {name: int(number) for name, number in found}
-    return max(4 * count["vgpr_spill_count"], count["private_segment_fixed_size"]), count["sgpr_spill_count"]
+    return 4 * count["sgpr_spill_count"] + max(4 * count["vgpr_spill_count"], count["private_segment_fixed_size"])
 
 
 _SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
@@ -201,17 +195,15 @@ def _examine(config: AnyConfig) -> Result:
     compiled = compile_launch(launch, config.target)
     if "cubin" in compiled.asm:
         code, spilled = disassembled(compiled.asm["cubin"])
-        in_lanes = 0
     else:
         code = compiled.asm["amdgcn"]
-        spilled, in_lanes = gcn_spilled(code)
+        spilled = gcn_spilled(code)
     loads, stores = accesses(code, sass="cubin" in compiled.asm)
     warps = compiled.metadata.num_warps
     return Result(
         config,
         warps=warps,
         spilled=spilled,
-        in_lanes=in_lanes,
         shared=compiled.metadata.shared,
         # One float of each warp. A quant has no sum, and no two of its threads need anything of each other.
         sums=4 * warps if config.sums and warps > 1 else 0,
@@ -282,11 +274,6 @@ def table(family: Family, results: list[Result], now: str, triton_version: str) 
         changed = "" if run_with == now else ", before the sources changed"
         how = f"compiled; run on {where}{changed}" if where else "compiled, not run"
         lines.append(f"| {target} | {' | '.join(cells)} | {how} |")
-    lanes = [r for r in results if r.in_lanes]
-    if lanes:
-        most = max(lanes, key=lambda r: r.in_lanes)
-        lines += ["", "Scalars in lanes of vector registers, which is no memory: in "]
-        lines[-1] += f"{len(lanes)} for AMD, most of them ({most.in_lanes}) in {most.config}."
     bad = [r for r in results if r.verdict != "ok"]
     if bad:
         lines += ["", "Refused:", ""]

@@ -13,8 +13,8 @@ copy    ``COPIES`` times ``VECTOR`` elements        q_nope into q; or q's progra
 ======  ==========================================  ===================================================================
 
 What is short and waits for loads that depend on each other (slot, position, angle, element) comes first, so that it is
-not all that runs at the end. ``VECTOR`` is 8, a piece, where all
-widths are multiples of it and all rows are aligned to words; else 1.
+not all that runs at the end. ``VECTOR`` is 8, a piece, where all widths are multiples of it and all rows are aligned to
+words; else 1.
 
 Bytes: exactly those of the reference, for every input, on every target; but for a slot that occurs twice.
 """
