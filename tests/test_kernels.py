@@ -232,6 +232,73 @@ def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join(shown + [f"{key}={value}" for key, value in kwargs.items()])
 
 
+#: An architecture for every form of the kernels that does not need PTX. (A GPU that cannot do in one instruction what a
+#: form takes one for does it in several: the bytes are the same.)
+FORMS = {"plain": "gfx942", "NaN maximum": "gfx1201", "rounds bf16": "gfx950"}
+
+
+@contextlib.contextmanager
+def forms_of(name: str) -> Iterator[None]:
+    """Kernels take the forms they have for this architecture, with the launches for few threads in a warp."""
+    from fusionpasses.kernels.arch import Arch
+    from fusionpasses.providers import _launch, triton
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.arch, "of", lambda device: Arch(name, 32, processors))
+        _launch.forget()
+        yield
+    _launch.forget()
+
+
+def check_form(name: str, device: str, every: int) -> None:
+    """Bytes of a form, where forms differ: NaN, infinities, ties, subnormals. Norms: one of ``every`` calls."""
+    with forms_of(name):
+        for x in (edge_values(device), edge_values(device).bfloat16(), every_pattern(torch.bfloat16, device)):
+            assert_same(QUANT, (x, "even"), {})
+        for op in ("rmsnorm_mxfp4_quant.with_norm", "rmsnorm_add_mxfp4_quant.with_norm"):
+            for make_rows in (lambda: integer_rows(2, 96), special_rows):
+                for args, kwargs in itertools.islice(norm_calls(op, make_rows, 1e-6, device), 0, None, every):
+                    assert_same(op, args, kwargs, reference_on="cpu")
+
+
+def special_rows() -> Tensor:
+    """Zero, infinite and NaN rows: rsqrt is Inf, 0 or NaN."""
+    special = torch.zeros(5, 64)
+    special[1, 5], special[2, 5], special[3, :], special[4, 40] = torch.inf, torch.nan, 3e38, -torch.inf
+    return special
+
+
+def check_weights_that_are_nan(device: str) -> None:
+    """A payload of all ones, rounded up like a number, would carry into the sign and leave a zero."""
+    weight = torch.randn(64)
+    weight.view(torch.int32)[[3, 40]] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)
+    x = integer_rows(3, 64).to(device, torch.bfloat16)
+    for cast_order in ("cast_scale", "scale_cast"):
+        kwargs = {"cast_order": cast_order, "norm_dtype": torch.bfloat16, "scale_mode": "even"}
+        assert_same(NORMS[1], (x, weight.to(device), 1e-6), kwargs, reference_on="cpu")
+
+
+def check_rounding(name: str, device: str) -> None:
+    from rounding_kernel import round_to_bfloat16
+
+    from fusionpasses.kernels.arch import Arch
+
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1234, 0xC000], dtype=torch.int32)
+    for short in (False, True):
+        x = (upper | lower).view(torch.float32).to(device)
+        # What arithmetic gives; and what it gives from 16-bit numbers.
+        quiet = x.view(torch.int32) & 0x400000 != 0
+        x = x[~x.isnan() | (quiet & ((x.view(torch.int32) & 0xFFFF == 0) | (not short)))]
+        word = torch.empty(x.shape, dtype=torch.int32, device=device)
+        round_to_bfloat16[(-(-x.numel() // 1024),)](x, word, x.numel(), ISA=Arch(name, 32, 2).isa, SHORT_NAN=short)
+        low, high = word.view(torch.bfloat16).view(-1, 2).unbind(1)
+        for got, want in ((low, x.bfloat16()), (high, (-x).bfloat16())):
+            bad = differs(got, want)
+            assert not bad.any(), f"{name}, short NaN {short}: {x[bad][:4].view(torch.int32)} to {got[bad][:4]}"
+
+
 # ---- interpreted
 
 
@@ -267,11 +334,8 @@ def check_norm() -> None:
 
 
 def check_norm_edges() -> None:
-    # Zero, infinite and NaN rows: rsqrt is Inf, 0 or NaN.
-    special = torch.zeros(5, 64)
-    special[1, 5], special[2, 5], special[3, :], special[4, 40] = torch.inf, torch.nan, 3e38, -torch.inf
     for name in ("rmsnorm_mxfp4_quant.with_norm", "rmsnorm_add_mxfp4_quant.with_norm"):
-        for args, kwargs in norm_calls(name, lambda: special, 0.0, "cpu"):
+        for args, kwargs in norm_calls(name, special_rows, 0.0, "cpu"):
             assert_same(name, args, kwargs)
     # A model's width that is no power of two; more rows than programs.
     name = "rmsnorm_add_mxfp4_quant.with_norm"
@@ -286,7 +350,26 @@ def check_norm_edges() -> None:
             assert_same(name, args, kwargs)
 
 
-GROUPS = {"samples": check_samples, "quant": check_quant, "norm": check_norm, "norm-edges": check_norm_edges}
+def check_forms() -> None:
+    from fusionpasses.kernels import dynamic_mxfp4_quant as kernel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "launch_options", lambda *args: {"TILE_BLOCKS": 512, "num_warps": 1})
+        # Interpreted, kernels are plain; the last form has all the others' instructions.
+        check_form(FORMS["rounds bf16"], "cpu", every=7)
+    for name in FORMS.values():
+        check_rounding(name, "cpu")
+        with forms_of(name):
+            check_weights_that_are_nan("cpu")
+
+
+GROUPS = {
+    "samples": check_samples,
+    "quant": check_quant,
+    "norm": check_norm,
+    "norm-edges": check_norm_edges,
+    "forms": check_forms,
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -360,6 +443,17 @@ def test_gpu_quant_bytes() -> None:
         assert_same(QUANT, (torch.randn(rows, n + 8, device="cuda", dtype=torch.bfloat16)[:, :n],), {})
     wider_than_a_tile = torch.randn(5, 2 * 53248, device="cuda", dtype=torch.bfloat16)[:, 53248:]
     assert_same(QUANT, (wider_than_a_tile,), {})
+
+
+@pytest.mark.gpu
+@needs_gpu
+@not_interpreted
+@pytest.mark.parametrize("form", FORMS)
+def test_gpu_forms(form: str) -> None:
+    check_form(FORMS[form], "cuda", every=5)
+    check_rounding(FORMS[form], "cuda")
+    with forms_of(FORMS[form]):
+        check_weights_that_are_nan("cuda")
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from fusionpasses.kernels.arch import Arch
+from fusionpasses.kernels.arch import PLAIN, PTX, ROUNDS_BF16, Arch
 from fusionpasses.probes import probe_triton
 from tools import claims, codegen, configs, launches
 
@@ -201,7 +201,7 @@ def test_spills_are_read_from_the_code_object():
 
 def test_pairwise_configurations_cover_every_pair():
     chosen = configs.pairwise()
-    assert len(chosen) < 160
+    assert len(chosen) < 170
     quants = [c for c in chosen if isinstance(c, configs.Config)]
     for left, right in itertools.combinations(configs.FACTORS, 2):
         norms_only = {left, right} & {"weight", "cast_order", "norm_dtype"}
@@ -224,14 +224,14 @@ def test_what_is_compiled_is_what_the_provider_launches():
     assert launch.signature["x_ptr"] == "*bf16"
     assert launch.constants["ROW_BLOCKS"] == 7168 // 32
     assert launch.constants["norm_ptr"] is None
-    assert launch.constants["PTX"]
+    assert launch.constants["ISA"] == PTX
     assert not launch.aligned
     (aligned,) = launches.launches(CONFIG)
     assert aligned.aligned
     assert aligned.key != launch.key
     assert aligned.options["launch_pdl"]
     (other,) = launches.launches(dataclasses.replace(CONFIG, target="gfx950"))
-    assert not other.constants["PTX"]
+    assert other.constants["ISA"] == ROUNDS_BF16
     assert other.tile != aligned.tile
     assert not {"launch_pdl", "maxnreg"} & {*other.options}
     assert "x_ptr" in other.small
@@ -287,6 +287,7 @@ SMALL = [
     configs.Config("sm_90", "norm", "fp32", 1024, 64),
     configs.Config("gfx1100", "norm, stored", "bf16", 1024, 64),
     configs.CacheConfig("sm_90", "absorbed", "bf16", 64, 16, cache="paged apart"),
+    configs.Config("gfx950", "add+norm", "bf16", 1024, 64),
 ]
 
 
@@ -298,20 +299,22 @@ def test_what_the_kernels_promise_is_found_in_their_code(config, examined):
 
 @needs_triton
 def test_code_that_breaks_a_promise_is_refused(examined):
-    quant, add, norm, amd, rope = SMALL
+    quant, add, norm, amd, rope, mi350 = SMALL
     pdl = "no instruction for: waits before any access, no instruction for: lets the next kernel come"
     pairs = "minima and maxima in pairs, no instruction for: nibbles picked by byte"
     # Without the PTX.
-    assert examined(quant, PTX=False) == f"no instruction for: bf16 in pairs, no instruction for: {pairs}, {pdl}"
-    assert examined(add, PTX=False).startswith("no instruction for: fp16 in pairs, no instruction for: minima")
-    assert examined(norm, PTX=False) == pdl
+    assert examined(quant, ISA=PLAIN) == f"no instruction for: bf16 in pairs, no instruction for: {pairs}, {pdl}"
+    assert examined(add, ISA=PLAIN).startswith("no instruction for: fp16 in pairs, no instruction for: minima")
+    assert examined(norm, ISA=PLAIN) == f"no instruction for: maximum that keeps NaN, {pdl}"
     # Too few registers.
     assert examined(norm, maxnreg=32).startswith("spills ")
     # Contracted.
     assert "contractions" in examined(norm, enable_fp_fusion=True)
     # Half a block for a thread: threads then exchange what they have.
     assert "loads of (8,) bytes" in examined(quant, TILE_BLOCKS=32, num_warps=2)
-    assert examined(rope, PTX=False) == f"no instruction for: bf16 in pairs, {pdl}"
+    assert examined(rope, ISA=PLAIN) == f"no instruction for: bf16 in pairs, {pdl}"
+    maxima = "no instruction for: maximum that keeps NaN"
+    assert examined(mi350, ISA=PLAIN) == f"{maxima}, no instruction for: rounded in pairs"
     # Pieces by element.
     assert "loads of" in examined(rope, VECTOR=1)
     # Triton itself would raise at the launch.
@@ -355,25 +358,40 @@ def test_each_path_claims_its_own_instructions():
         (launch,) = launches.launches(dataclasses.replace(rope, **change))
         facts = claims.facts(launch, 32)
         assert {claim.what: int(claim.least(facts)) for claim in claims.CLAIMS if claim.least(facts)} == always | wanted
-    (amd,) = launches.launches(configs.Config("gfx942", "norm", "bf16", 1024, 64))
-    assert not any(claim.least(claims.facts(amd, 64)) for claim in claims.CLAIMS)
+    maxima, rounded = "maximum that keeps NaN", "rounded in pairs"
+    for target, chain, dtype, wanted in (
+        ("gfx942", "norm", "bf16", {}),
+        ("gfx1201", "norm", "bf16", {maxima: 16}),
+        ("gfx950", "quant", "bf16", {maxima: 16}),
+        ("gfx950", "norm", "bf16", {maxima: 16, rounded: 32}),
+        ("gfx1250", "add+norm", "bf16", {maxima: 16, rounded: 48}),
+        ("gfx950", "add+norm", "fp16", {maxima: 16}),
+        ("gfx950", "norm", "fp32", {maxima: 16}),
+    ):
+        (amd,) = launches.launches(configs.Config(target, chain, dtype, 1024, 64))
+        facts = claims.facts(amd, configs.TARGETS[target].warp_size)
+        assert {claim.what: claim.least(facts) for claim in claims.CLAIMS if claim.least(facts)} == wanted
 
 
 @pytest.mark.parametrize(
-    ("what", "sass", "count"),
+    ("what", "code", "count"),
     [
         ("bf16 in pairs", "HFMA2.MMA.BF16_V2 R1, R2, R3, R4 ;\nHMUL2.BF16_V2 R1, R2, R3 ;\nHFMA2 R1, R2, R3, R4", 2),
         ("fp16 in pairs", "HFMA2.MMA R1, R2, R3, R4 ;\nHADD2 R1, R2, R3 ;\nHFMA2 R1, R2, R3, -RZ ;", 3),
         ("fp16 in pairs", "HFMA2 R1, -RZ, RZ, 0, 1 ;\nHADD2.F32 R1, -RZ, R2.H0_H0 ;\nHFMA2.BF16_V2 R1, R2, R3, R4", 0),
         ("minima and maxima in pairs", "VIMNMX.U16x2 R1, R2\nVIMNMX3.U16x2 R1, R2\nVIMNMX.U32 R1, R2", 2),
+        ("maximum that keeps NaN", "FMNMX.NAN R1, R2\nFMNMX3.NAN R1, R2\nFMNMX R1, R2", 2),
+        ("maximum that keeps NaN", "v_maximum3_f32 v1, v2\nv_maximum_f32 v1\nv_max_f32 v1\nv_max3_f32 v1", 2),
+        ("rounded in pairs", "F2FP.BF16.F32.PACK_AB R1\nF2FP.F16.F32.PACK_AB R1\nF2F.BF16.F32 R1", 2),
+        ("rounded in pairs", "v_cvt_pk_bf16_f32 v1\nv_fma_mixlo_bf16 v1\nv_cvt_f16_f32 v1\nv_fma_mix_f32 v1", 2),
         ("waits before any access", "LDC R1, c[0]\nACQBULK ;\nLDG.E.128 R4", 1),
         ("waits before any access", "LDC R1, c[0]\nLDG.E.128 R4\nACQBULK ;\n", 0),
         ("waits before any access", "STG.E.U8 [R2], R4\nACQBULK ;\n", 0),
     ],
 )
-def test_instructions_are_told_apart(what, sass, count):
+def test_instructions_are_told_apart(what, code, count):
     (claim,) = (claim for claim in claims.CLAIMS if claim.what == what)
-    assert len(re.findall(claim.sass, sass)) == count
+    assert len(re.findall(claim.code, code)) == count
 
 
 def test_only_contractions_that_were_not_asked_for_count():

@@ -1,4 +1,4 @@
-"""What the kernels' sources say of the code that NVIDIA's compiler makes of them, to be looked for in the SASS.
+"""What the kernels' sources say of the code that compilers make of them, to be looked for in SASS and GCN assembly.
 
 Counts, not presence: packed instructions turn up for other reasons too, and one fast path may hide that another is
 gone.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fusionpasses.kernels import arch
 from tools.launches import Launch
 
 
@@ -19,24 +20,31 @@ class Claim:
     """Instructions that a fast path is there for, and how many of them it takes at least; none if it is not taken."""
 
     what: str
-    sass: str
+    code: str
     least: Callable[[dict[str, Any]], int]
 
 
 def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
-    """What one thread does by PTX: ``dtype``, whether there is any, and how many instructions of each kind.
+    """What one thread does: ``dtype``, whether it has PTX, and how many instructions it has of each kind.
 
     ``pairs``: arithmetic on two elements of 16 bits; ``codes``: of words, minima of pairs, and bytes picked from them;
     ``maxima``: of float32, for the scale; ``rounded``: two float32 to 16 bits.
     """
     f = launch.constants
     dtype = launch.signature["x_ptr" if "x_ptr" in launch.signature else "k_pe_ptr"][1:]
-    none = {"PTX": f["PTX"], "dtype": dtype, "pairs": 0, "codes": 0, "maxima": 0, "rounded": 0}
-    if not f["PTX"]:
-        return none
-    return none | (
-        _of_a_rotation(launch, dtype) if "cos_ptr" in f | launch.signature else _of_a_quant(launch, warp_size)
-    )
+    counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
+    if "cos_ptr" in f | launch.signature:
+        counts |= _of_a_rotation(launch, dtype)
+    else:
+        counts |= _of_a_quant(launch, warp_size)
+    ptx = f["ISA"] == arch.PTX
+    if not ptx:
+        # Arithmetic of pairs is float32, rounded. Only to bfloat16 is that an instruction of its own.
+        has_rounding = f["ISA"] >= arch.ROUNDS_BF16 and dtype == "bf16"
+        counts["rounded"] = (counts["rounded"] + counts["pairs"]) * has_rounding
+        counts["maxima"] *= f["ISA"] >= arch.NAN_MAXIMUM
+        counts["pairs"] = counts["codes"] = 0
+    return {"PTX": ptx, "dtype": dtype, **counts}
 
 
 def _of_a_rotation(launch: Launch, dtype: str) -> dict[str, int]:
@@ -59,7 +67,7 @@ def _of_a_quant(launch: Launch, warp_size: int) -> dict[str, int]:
     norms = "ROUND_RESULT" in f
     rounds_first, rounds_last = norms and f["ROUND_BEFORE_WEIGHT"], norms and f["ROUND_RESULT"]
     in_words = rounds_first and rounds_last and weight in (None, dtype)
-    words = short and (rounds_last or not norms)
+    words = short and (rounds_last or not norms) and f["ISA"] == arch.PTX
     threads = launch.options["num_warps"] * warp_size
     # Chunks that are read again are a loop in the code, too.
     blocks = 1 if f.get("REREAD") else f.get("CHUNKS", 1)
@@ -77,16 +85,21 @@ def _pairs_of(dtype: str) -> Callable[[dict[str, Any]], int]:
     return lambda f: f["pairs"] if f["dtype"] == dtype else 0
 
 
-#: What kernels/_mxfp4.py and kernels/_pieces.py say of PTX. Without it nothing is claimed, and float32 has the portable
-#: codes.
+#: What kernels/_mxfp4.py and kernels/_pieces.py say of the forms that arch.isa chooses. The plain form claims nothing,
+#: and float32 has its codes in every one.
 CLAIMS = (
     Claim("bf16 in pairs", r"\bH(?:FMA|MUL|ADD)2\S*BF16_V2", _pairs_of("bf16")),
     # Not conversions to float32, nor constants, which ptxas makes by HFMA2.
     Claim("fp16 in pairs", r"\bH(?:FMA|MUL|ADD)2(?!\S*(?:BF16|F32))(?!\S* R\d+, -RZ, RZ)", _pairs_of("fp16")),
     Claim("minima and maxima in pairs", r"\bVIMNMX3?\.U16x2", lambda f: f["codes"]),
     Claim("nibbles picked by byte", r"\bPRMT\b", lambda f: f["codes"]),
-    Claim("maximum that keeps NaN", r"\bFMNMX3?\.NAN", lambda f: f["maxima"]),
-    Claim("rounded in pairs", r"\bF2FP\.B?F16\.F32\.PACK_AB", lambda f: f["rounded"]),
+    Claim("maximum that keeps NaN", r"\b(?:FMNMX3?\.NAN|v_maximum3?_f32)", lambda f: f["maxima"]),
+    # On gfx1250 a product and its rounding may be one instruction, of one element.
+    Claim(
+        "rounded in pairs",
+        r"\b(?:F2FP\.B?F16\.F32\.PACK_AB|v_cvt_pk_bf16_f32|v_fma_mixlo_bf16)",
+        lambda f: f["rounded"],
+    ),
     # A kernel launched early that reads or writes before it has waited races with the one in front.
     Claim(
         "waits before any access",
@@ -99,4 +112,4 @@ CLAIMS = (
 
 def broken(of: dict[str, Any], code: str) -> tuple[str, ...]:
     """Claims that a launch with these facts makes and its code does not bear out."""
-    return tuple(claim.what for claim in CLAIMS if len(re.findall(claim.sass, code)) < claim.least(of))
+    return tuple(claim.what for claim in CLAIMS if len(re.findall(claim.code, code)) < claim.least(of))

@@ -26,7 +26,7 @@ from tools.configs import DTYPES, FP8, TARGETS, AnyConfig, Target
 _OF_A_ROTATION = ("HEADS", "NOPE", "ROPE", "FULL", "READ_WOVEN", "WRITE_WOVEN")
 _OF_A_CACHE = ("LATENT", "NEGATIVE_SLOTS", "PAGE", "SCALING")
 _OF_A_NORM = ("ROW_BLOCKS", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT")
-_OF_ARGUMENTS = ("SCALE_ADDEND", "PTX", *_OF_A_NORM, *_OF_A_ROTATION, *_OF_A_CACHE)
+_OF_ARGUMENTS = ("SCALE_ADDEND", "ISA", *_OF_A_NORM, *_OF_A_ROTATION, *_OF_A_CACHE)
 
 
 _OTHER_KINDS = {torch.uint8: "*u8", FP8: "*fp8e4nv", torch.int32: "*i32", torch.int64: "*i64"}

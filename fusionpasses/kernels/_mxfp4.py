@@ -17,23 +17,25 @@ s = 2. The third part is ``s / 2 + 2**k``. Both sums have the bits ``bits(M) + c
 power of two, there is exactly one rounding, whatever the dtype the sum is made in: float32 (k = 23), bfloat16 (k = 7)
 or float16 (k = 10).
 
-PTX. Where ``PTX`` is set (sm_90 and later), codes of two elements are made at once, in the arithmetic of their 16-bit
-dtype. It rounds as the portable form does, so the bytes are the same.
+``ISA``. Of ``arch.py``: which instructions there are. With ``PTX``, codes of two elements are made at once, in the
+arithmetic of their 16-bit dtype. Each form rounds as the others do, so the bytes are the same.
 """
 
-# ruff: noqa: RUF005
+# ruff: noqa: RET505, RUF005
 # mypy: disable-error-code="assignment"
-# (Triton does not know (*a, b); tuples grow.)
+# (Triton needs the else of a constexpr if, and does not know (*a, b); tuples grow.)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fusionpasses.kernels import _pieces
+from fusionpasses.kernels import _pieces, arch
 
 #: Elements that share a scale.
 BLOCK = tl.constexpr(32)
+NAN_MAXIMUM = tl.constexpr(arch.NAN_MAXIMUM)
+PTX = tl.constexpr(arch.PTX)
 
 
 def _codes_ptx(kind: str, addend: int, far_addend: int, saturate: bool) -> str:
@@ -101,15 +103,30 @@ def _amax_of_words(a):
 
 
 @triton.jit
-def _max(a, b):
-    # NaN has to win. NVIDIA has this as one instruction; as integers it would be an extra AND for each element.
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _magnitude(value, ISA: tl.constexpr):
+    """To be compared by _max: a float32 where its instruction takes magnitudes for nothing, else the bits of one."""
+    if ISA >= NAN_MAXIMUM:
+        return tl.abs(value)
+    else:
+        return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _amax(e):
-    low = _max(_max(tl.abs(e[0]), tl.abs(e[1])), _max(tl.abs(e[2]), tl.abs(e[3])))
-    return _max(low, _max(_max(tl.abs(e[4]), tl.abs(e[5])), _max(tl.abs(e[6]), tl.abs(e[7]))))
+def _max(a, b):
+    """NaN wins; as integers NaN > Inf > every finite magnitude."""
+    if a.dtype == tl.float32:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.maximum(a, b)
+
+
+@triton.jit
+def _amax(e, ISA: tl.constexpr):
+    low01 = _max(_magnitude(e[0], ISA), _magnitude(e[1], ISA))
+    low23 = _max(_magnitude(e[2], ISA), _magnitude(e[3], ISA))
+    high01 = _max(_magnitude(e[4], ISA), _magnitude(e[5], ISA))
+    high23 = _max(_magnitude(e[6], ISA), _magnitude(e[7], ISA))
+    return _max(_max(low01, low23), _max(high01, high23))
 
 
 @triton.jit
@@ -154,8 +171,8 @@ def _scale_exponent(amax_bits, SCALE_ADDEND: tl.constexpr):
 
 
 @triton.jit
-def _quantize_floats(e, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr):
-    amax = _max(_max(_amax(e[0]), _amax(e[1])), _max(_amax(e[2]), _amax(e[3])))
+def _quantize_floats(e, SCALE_ADDEND: tl.constexpr, SATURATE: tl.constexpr, ISA: tl.constexpr):
+    amax = _max(_max(_amax(e[0], ISA), _amax(e[1], ISA)), _max(_amax(e[2], ISA), _amax(e[3], ISA)))
     amax_bits = amax.to(tl.int32, bitcast=True)
     exponent = _scale_exponent(amax_bits, SCALE_ADDEND)
     # 2**(127 - byte), byte = exponent - 2 at most 253; half of it may be subnormal, but neither ever rounds.
@@ -178,21 +195,21 @@ def _quantize_words(w, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, SATURATE
     exponent = _scale_exponent(amax_bits, SCALE_ADDEND)
     if dtype == tl.bfloat16:
         factor = ((256 - exponent) << 7) * 0x10001
-        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x3F003F00, tl.uint32), dtype, True)
+        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x3F003F00, tl.uint32), dtype, PTX)
     else:
         # float16 ends at 2**15; small blocks are brought near first. That is exact: their elements are below 2**-10.
         # For blocks smaller than float16 can hold (that is zero) any factor does.
         power = tl.minimum(129 - exponent.to(tl.int32, bitcast=True), 27)
         lift = tl.where(power > 13, 13, 0)
         factor = (((power - lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
-        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x38003800, tl.uint32), dtype, True)
+        half_factor = _pieces.multiply_word(factor, tl.full(factor.shape, 0x38003800, tl.uint32), dtype, PTX)
         lift_factor = (((lift + 15) << 10) * 0x10001).to(tl.uint32, bitcast=True)
         lifts = (lift_factor, lift_factor, lift_factor, lift_factor)
         a = (
-            _pieces.multiply_words(a[0], lifts, dtype, True),
-            _pieces.multiply_words(a[1], lifts, dtype, True),
-            _pieces.multiply_words(a[2], lifts, dtype, True),
-            _pieces.multiply_words(a[3], lifts, dtype, True),
+            _pieces.multiply_words(a[0], lifts, dtype, PTX),
+            _pieces.multiply_words(a[1], lifts, dtype, PTX),
+            _pieces.multiply_words(a[2], lifts, dtype, PTX),
+            _pieces.multiply_words(a[3], lifts, dtype, PTX),
         )
     codes = ()
     for p in tl.static_range(4):
@@ -201,7 +218,7 @@ def _quantize_words(w, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, SATURATE
 
 
 @triton.jit
-def quantize(e, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, WORDS: tl.constexpr):
+def quantize(e, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, WORDS: tl.constexpr, ISA: tl.constexpr):
     """A block per thread to four words of codes and a scale byte.
 
     ``e`` is a tuple of four pieces: of four words of ``dtype`` if ``WORDS`` (PTX only), of eight float32 if not.
@@ -211,7 +228,7 @@ def quantize(e, dtype: tl.constexpr, SCALE_ADDEND: tl.constexpr, WORDS: tl.const
     if WORDS:
         amax_bits, exponent, codes = _quantize_words(e, dtype, SCALE_ADDEND, SATURATE)
     else:
-        amax_bits, exponent, codes = _quantize_floats(e, SCALE_ADDEND, SATURATE)
+        amax_bits, exponent, codes = _quantize_floats(e, SCALE_ADDEND, SATURATE, ISA)
     # A block that is not finite gets codes 0, whatever its elements gave.
     finite = amax_bits < 0x7F800000
     words = ()

@@ -4,8 +4,8 @@ A thread loads eight elements as a *piece*: four 32-bit words of a 16-bit dtype 
 float32 in two. A piece is a tuple of tensors ``[ROWS, COLUMNS]``, so everything is elementwise in the thread that
 loaded it: no layout conversion, no shared memory.
 
-PTX. Where ``PTX`` is set (sm_90 and later), two elements of a 16-bit dtype share a register and an instruction. It
-rounds as the portable form does, so the bytes are the same.
+``ISA``. Of ``arch.py``: which instructions there are. With ``PTX``, two elements of a 16-bit dtype share a register and
+an instruction. Each form rounds as the others do, so the bytes are the same.
 """
 
 # ruff: noqa: RET505
@@ -15,6 +15,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fusionpasses.kernels import arch
+
+NAN_MAXIMUM = tl.constexpr(arch.NAN_MAXIMUM)
+ROUNDS_BF16 = tl.constexpr(arch.ROUNDS_BF16)
+PTX = tl.constexpr(arch.PTX)
 
 
 @triton.jit
@@ -59,60 +65,81 @@ def _rounded_bits(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def pack(low, high, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Two float32, rounded to a 16-bit dtype, in one word."""
-    if PTX and dtype == tl.bfloat16:
+def _bf16_in_upper_half(value, SHORT_NAN: tl.constexpr):
+    """Bits of a float32, of which the upper half is the value rounded to bfloat16.
+
+    The sum carries into the upper half what rounds up, and past the mantissa's end into the exponent. A NaN must not
+    be carried out of it: its payload is cut first, unless it is that of a 16-bit dtype (``SHORT_NAN``). Arithmetic
+    gives quiet NaNs only, so no payload ends up empty.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    if not SHORT_NAN:
+        bits = tl.minimum(bits & 0x7FFFFFFF, 0x7FFF0000) | (bits & 0x80000000)
+    return bits + (0x7FFF + ((bits >> 16) & 1))
+
+
+@triton.jit
+def pack(low, high, dtype: tl.constexpr, ISA: tl.constexpr, SHORT_NAN: tl.constexpr):
+    """Two float32, rounded to a 16-bit dtype, in one word.
+
+    ``SHORT_NAN``: those that are NaN have a payload of 16 bits, because they come from numbers of ``dtype`` alone.
+    """
+    if ISA == PTX and dtype == tl.bfloat16:
         return packed("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)
-    elif PTX:
+    elif ISA == PTX:
         return packed("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
+    elif dtype == tl.bfloat16 and ISA < ROUNDS_BF16:
+        # Left to the compiler, every element is compared with NaN, and the results fill an AMD GPU's scalar registers.
+        upper = _bf16_in_upper_half(high, SHORT_NAN) & 0xFFFF0000
+        return upper | (_bf16_in_upper_half(low, SHORT_NAN) >> 16)
     else:
         return _rounded_bits(low, dtype) | (_rounded_bits(high, dtype) << 16)
 
 
 @triton.jit
-def multiply_word(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+def multiply_word(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     """Products of the halves. A float32 product of two 16-bit numbers is exact, so both forms round once."""
-    if PTX and dtype == tl.bfloat16:
+    if ISA == PTX and dtype == tl.bfloat16:
         return packed("mul.rn.bf16x2 $0, $1, $2;", a, b)
-    elif PTX:
+    elif ISA == PTX:
         return packed("mul.rn.f16x2 $0, $1, $2;", a, b)
     else:
-        return pack(low(a, dtype) * low(b, dtype), high(a, dtype) * high(b, dtype), dtype, PTX)
+        return pack(low(a, dtype) * low(b, dtype), high(a, dtype) * high(b, dtype), dtype, ISA, True)
 
 
 @triton.jit
-def add_word(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+def add_word(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     """Sums of the halves. float32 has over twice the precision of either dtype, so rounding twice changes nothing."""
-    if PTX and dtype == tl.bfloat16:
+    if ISA == PTX and dtype == tl.bfloat16:
         return packed("add.rn.bf16x2 $0, $1, $2;", a, b)
-    elif PTX:
+    elif ISA == PTX:
         return packed("add.rn.f16x2 $0, $1, $2;", a, b)
     else:
-        return pack(low(a, dtype) + low(b, dtype), high(a, dtype) + high(b, dtype), dtype, PTX)
+        return pack(low(a, dtype) + low(b, dtype), high(a, dtype) + high(b, dtype), dtype, ISA, True)
 
 
 @triton.jit
-def add(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+def add(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     """Sum of two loaded pieces of ``dtype``."""
     if dtype == tl.float32:
         return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
     else:
         return (
-            add_word(a[0], b[0], dtype, PTX),
-            add_word(a[1], b[1], dtype, PTX),
-            add_word(a[2], b[2], dtype, PTX),
-            add_word(a[3], b[3], dtype, PTX),
+            add_word(a[0], b[0], dtype, ISA),
+            add_word(a[1], b[1], dtype, ISA),
+            add_word(a[2], b[2], dtype, ISA),
+            add_word(a[3], b[3], dtype, ISA),
         )
 
 
 @triton.jit
-def to_words(e, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Eight float32, rounded to a 16-bit dtype, as four words."""
+def to_words(e, dtype: tl.constexpr, ISA: tl.constexpr, SHORT_NAN: tl.constexpr):
+    """Eight float32, rounded to a 16-bit dtype, as four words. ``SHORT_NAN`` as in pack."""
     return (
-        pack(e[0], e[1], dtype, PTX),
-        pack(e[2], e[3], dtype, PTX),
-        pack(e[4], e[5], dtype, PTX),
-        pack(e[6], e[7], dtype, PTX),
+        pack(e[0], e[1], dtype, ISA, SHORT_NAN),
+        pack(e[2], e[3], dtype, ISA, SHORT_NAN),
+        pack(e[4], e[5], dtype, ISA, SHORT_NAN),
+        pack(e[6], e[7], dtype, ISA, SHORT_NAN),
     )
 
 
@@ -132,12 +159,12 @@ def to_floats(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def multiply_words(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+def multiply_words(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     return (
-        multiply_word(a[0], b[0], dtype, PTX),
-        multiply_word(a[1], b[1], dtype, PTX),
-        multiply_word(a[2], b[2], dtype, PTX),
-        multiply_word(a[3], b[3], dtype, PTX),
+        multiply_word(a[0], b[0], dtype, ISA),
+        multiply_word(a[1], b[1], dtype, ISA),
+        multiply_word(a[2], b[2], dtype, ISA),
+        multiply_word(a[3], b[3], dtype, ISA),
     )
 
 

@@ -7,6 +7,16 @@ import functools
 
 import torch
 
+#: Instructions that the kernels have a form of their own for. Whoever has one has those before it.
+#: Nothing that counts.
+PLAIN = 0
+#: One for a maximum that keeps NaN. Without it, and a comparison for each, the maximum is one of integers.
+NAN_MAXIMUM = 1
+#: One rounds float32 to bfloat16. Without it, three for each element do.
+ROUNDS_BF16 = 2
+#: PTX from sm_90 on: packed arithmetic, packed 16-bit minima and programmatic dependent launch.
+PTX = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
@@ -23,9 +33,18 @@ class Arch:
     processors: int
 
     @property
+    def isa(self) -> int:
+        """The last of PLAIN, NAN_MAXIMUM, ROUNDS_BF16 and PTX that it has."""
+        if self.name.startswith("sm_"):
+            version = int(self.name[3:])
+            return PTX if version >= 90 else ROUNDS_BF16 if version >= 80 else PLAIN
+        if self.name.startswith(("gfx950", "gfx125")):
+            return ROUNDS_BF16
+        return NAN_MAXIMUM if self.name.startswith("gfx12") else PLAIN
+
+    @property
     def hopper_ptx(self) -> bool:
-        """Packed bfloat16 arithmetic, packed 16-bit minima and programmatic dependent launch: PTX from sm_90 on."""
-        return self.name.startswith("sm_") and int(self.name[3:]) >= 90
+        return self.isa == PTX
 
 
 #: Where the kernels are interpreted there is no GPU; few programs, because each costs time.

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusionpasses.kernels import _mxfp4, _pieces
-from fusionpasses.kernels._mxfp4 import BLOCK
+from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
 
 
@@ -41,11 +41,11 @@ def dynamic_mxfp4_quant(
     TILE_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE_ADDEND: tl.constexpr,
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = PTX and dtype != tl.float32
-    if PTX:
+    WORDS: tl.constexpr = ISA == PTX and dtype != tl.float32
+    if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
         gdc_launch_dependents()
@@ -70,5 +70,5 @@ def dynamic_mxfp4_quant(
             values = values + (pieces[p],)
         else:
             values = values + (_pieces.floats_of(pieces[p], dtype),)
-    codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS)
+    codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
     _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, block, codes, scale, mask, MASKED)

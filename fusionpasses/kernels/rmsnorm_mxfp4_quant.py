@@ -1,7 +1,8 @@
 """One kernel for residual add, RMSNorm and MXFP4 quantisation, the add and the stored norm optional.
 
 A program keeps one row (or several short ones) in registers, so x is read once, and goes on to the row one grid
-further. Plain Triton but for the PTX of ``_mxfp4`` and the programmatic launch: nothing else depends on the vendor.
+further. Plain Triton but for the forms that ``ISA`` chooses and the programmatic launch: nothing else depends on the
+vendor.
 
 Rounding. Every elementwise step rounds once, to nearest, ties to even, as the same step in torch does; contraction to
 FMA is switched off, except in the sum of squares, which asks for it, and in the codes, where the product is exact.
@@ -26,7 +27,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusionpasses.kernels import _mxfp4, _pieces
-from fusionpasses.kernels._mxfp4 import BLOCK
+from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
 
 
@@ -174,10 +175,10 @@ def _load_rows(
 
 
 @triton.jit
-def _add_blocks(a, b, dtype: tl.constexpr, PTX: tl.constexpr):
+def _add_blocks(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     total = ()
     for p in tl.static_range(4):
-        total = total + (_pieces.add(a[p], b[p], dtype, PTX),)
+        total = total + (_pieces.add(a[p], b[p], dtype, ISA),)
     return total
 
 
@@ -204,27 +205,28 @@ def _normalize_and_quantize(
     SCALE_ADDEND: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_RESULT: tl.constexpr,
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     ROUNDS: tl.constexpr = ROUND_RESULT and dtype != tl.float32
-    WORDS: tl.constexpr = ROUNDS and PTX
+    WORDS: tl.constexpr = ROUNDS and ISA == PTX
     # Rounded before the weight, the rest is arithmetic of x's dtype, two elements at a time.
-    IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and (weight is None or weight_dtype == dtype)
+    SAME: tl.constexpr = weight is None or weight_dtype == dtype
+    IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and SAME
     values = ()
     for p in tl.static_range(4):
         e = _pieces.times(_pieces.floats_of(pieces[p], dtype), rstd)
         if ROUND_BEFORE_WEIGHT and dtype != tl.float32:
-            words = _pieces.to_words(e, dtype, PTX)
+            words = _pieces.to_words(e, dtype, ISA, True)
             if not IN_WORDS:
                 e = _pieces.to_floats(words, dtype)
         if weight is not None:
             if IN_WORDS:
-                words = _pieces.multiply_words(words, weight[p], dtype, PTX)
+                words = _pieces.multiply_words(words, weight[p], dtype, ISA)
             else:
                 e = _pieces.multiply(e, _pieces.floats_of(weight[p], weight_dtype))
         if ROUNDS:
             if not IN_WORDS:
-                words = _pieces.to_words(e, dtype, PTX)
+                words = _pieces.to_words(e, dtype, ISA, SAME)
             if not WORDS:
                 e = _pieces.to_floats(words, dtype)
         if row_norm is not None:
@@ -239,7 +241,7 @@ def _normalize_and_quantize(
             values = values + (words,)
         else:
             values = values + (e,)
-    codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS)
+    codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
     _mxfp4.store_quantized(row_codes, row_scales, block, codes, scale, mask, MASKED)
 
 
@@ -267,14 +269,14 @@ def rmsnorm_mxfp4_quant(
     SCALE_ADDEND: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,  # to x's dtype
     ROUND_RESULT: tl.constexpr,  # to x's dtype; else it stays float32
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     weight_dtype: tl.constexpr = dtype if weight_ptr is None else weight_ptr.dtype.element_ty
     MASKED: tl.constexpr = ROWS > 1 or CHUNKS * TILE_BLOCKS > ROW_BLOCKS
     ROW_POLICY: tl.constexpr = "evict_first" if STREAM else ""
     WEIGHT_POLICY: tl.constexpr = "evict_last" if STREAM else ""
-    if PTX:
+    if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
         gdc_launch_dependents()
@@ -312,7 +314,7 @@ def rmsnorm_mxfp4_quant(
                 pieces = _load_block(row_x, block, mask, MASKED, "")
                 if residual_ptr is not None:
                     residual = _load_block(row_residual, block, mask, MASKED, "")
-                    pieces = _add_blocks(pieces, residual, dtype, PTX)
+                    pieces = _add_blocks(pieces, residual, dtype, ISA)
                     _store_block(row_sum, block, pieces, mask, MASKED)
                 squares = _add_squares(squares, pieces, dtype)
         else:
@@ -332,7 +334,7 @@ def rmsnorm_mxfp4_quant(
                 pieces = x[c]
                 if residual_ptr is not None:
                     # What is normed is the rounded sum, the one that later layers read.
-                    pieces = _add_blocks(pieces, residual[c], dtype, PTX)
+                    pieces = _add_blocks(pieces, residual[c], dtype, ISA)
                     block = block0 + c * TILE_BLOCKS
                     _store_block(row_sum, block, pieces, (block < ROW_BLOCKS) & (row < rows), MASKED)
                 squares = _add_squares(squares, pieces, dtype)
@@ -349,7 +351,7 @@ def rmsnorm_mxfp4_quant(
                 pieces = _load_block(row_x, block, mask, MASKED, "")
                 if residual_ptr is not None:
                     residual = _load_block(row_residual, block, mask, MASKED, "")
-                    pieces = _add_blocks(pieces, residual, dtype, PTX)
+                    pieces = _add_blocks(pieces, residual, dtype, ISA)
                 weight = None if weight_ptr is None else _load_block(weight_ptr, block, block < ROW_BLOCKS, MASKED, "")
                 _normalize_and_quantize(
                     pieces,
@@ -366,7 +368,7 @@ def rmsnorm_mxfp4_quant(
                     SCALE_ADDEND,
                     ROUND_BEFORE_WEIGHT,
                     ROUND_RESULT,
-                    PTX,
+                    ISA,
                 )
         else:
             for c in tl.static_range(CHUNKS):
@@ -394,5 +396,5 @@ def rmsnorm_mxfp4_quant(
                     SCALE_ADDEND,
                     ROUND_BEFORE_WEIGHT,
                     ROUND_RESULT,
-                    PTX,
+                    ISA,
                 )

@@ -30,6 +30,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusionpasses.kernels import _pieces
+from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
 
 
@@ -94,14 +95,15 @@ def _floats_of(piece, dtype: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _of_floats(e, dtype: tl.constexpr, VECTOR: tl.constexpr, PTX: tl.constexpr):
+def _of_floats(e, dtype: tl.constexpr, VECTOR: tl.constexpr, ISA: tl.constexpr):
     """Rounded to ``dtype``, as it is stored."""
     if VECTOR == 1:
         return (e[0].to(dtype),)
     elif dtype == tl.float32:
         return e
     else:
-        return _pieces.to_words(e, dtype, PTX)
+        # Angles of another dtype have NaNs of their own.
+        return _pieces.to_words(e, dtype, ISA, False)
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def _rotated(
     dtype: tl.constexpr,
     angle_dtype: tl.constexpr,
     VECTOR: tl.constexpr,
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     """First and second elements of the rotated pairs, as they are stored. All arguments are pairs (first, second)."""
     ROUND: tl.constexpr = angle_dtype == dtype and dtype != tl.float32
@@ -244,12 +246,12 @@ def _rotated(
     if ROUND and VECTOR != 1:
         for i in tl.static_range(4):
             # A sign that is flipped is exact.
-            b_sin = _pieces.multiply_word(x[1][i], sin[0][i], dtype, PTX) ^ 0x80008000
-            a_cos = _pieces.multiply_word(x[0][i], cos[0][i], dtype, PTX)
-            first = first + (_pieces.add_word(a_cos, b_sin, dtype, PTX),)
-            b_cos = _pieces.multiply_word(x[1][i], cos[1][i], dtype, PTX)
-            a_sin = _pieces.multiply_word(x[0][i], sin[1][i], dtype, PTX)
-            second = second + (_pieces.add_word(b_cos, a_sin, dtype, PTX),)
+            b_sin = _pieces.multiply_word(x[1][i], sin[0][i], dtype, ISA) ^ 0x80008000
+            a_cos = _pieces.multiply_word(x[0][i], cos[0][i], dtype, ISA)
+            first = first + (_pieces.add_word(a_cos, b_sin, dtype, ISA),)
+            b_cos = _pieces.multiply_word(x[1][i], cos[1][i], dtype, ISA)
+            a_sin = _pieces.multiply_word(x[0][i], sin[1][i], dtype, ISA)
+            second = second + (_pieces.add_word(b_cos, a_sin, dtype, ISA),)
         return first, second
     else:
         a = _floats_of(x[0], dtype, VECTOR)
@@ -263,7 +265,7 @@ def _rotated(
             first = first + (a_cos - _round(b[i] * sin_a[i], dtype, ROUND),)
             b_cos = _round(b[i] * cos_b[i], dtype, ROUND)
             second = second + (b_cos + _round(a[i] * sin_b[i], dtype, ROUND),)
-        return _of_floats(first, dtype, VECTOR, PTX), _of_floats(second, dtype, VECTOR, PTX)
+        return _of_floats(first, dtype, VECTOR, ISA), _of_floats(second, dtype, VECTOR, ISA)
 
 
 @triton.jit
@@ -281,7 +283,7 @@ def _rotated_unit(
     READ_WOVEN: tl.constexpr,
     WRITE_WOVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     """A unit of a row, rotated: two pieces as they are stored, and the columns they are stored at."""
     dtype: tl.constexpr = x_row.dtype.scalar.element_ty
@@ -291,7 +293,7 @@ def _rotated_unit(
     sin_row = sin_ptr + angle_row * sin_row_stride
     cos = _load_angles(cos_row, unit, mask, angle_dtype, WIDTH, FULL, WRITE_WOVEN, VECTOR)
     sin = _load_angles(sin_row, unit, mask, angle_dtype, WIDTH, FULL, WRITE_WOVEN, VECTOR)
-    first, second = _rotated(x, cos, sin, dtype, angle_dtype, VECTOR, PTX)
+    first, second = _rotated(x, cos, sin, dtype, angle_dtype, VECTOR, ISA)
     if WRITE_WOVEN:
         p, q = _woven(first, second, dtype, VECTOR)
         return p, q, unit * (2 * VECTOR), unit * (2 * VECTOR) + VECTOR
@@ -435,11 +437,11 @@ def rope_mla_kv_cache(
     COPIES: tl.constexpr,  # pieces of q_nope for a thread
     ROW_COPIES: tl.constexpr,  # pieces of kv_c for a thread
     JOINED: tl.constexpr,  # who rotates heads of q copies their q_nope, too
-    PTX: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = k_pe_ptr.dtype.element_ty
     Q_UNITS: tl.constexpr = ROPE // (2 * VECTOR)
-    if PTX:
+    if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
         gdc_launch_dependents()
@@ -478,7 +480,7 @@ def rope_mla_kv_cache(
                 READ_WOVEN,
                 WRITE_WOVEN,
                 VECTOR,
-                PTX,
+                ISA,
             )
         if k_ptr is not None:
             _store(k_ptr + token * ROPE, p_at, p, exists, VECTOR)
@@ -532,7 +534,7 @@ def rope_mla_kv_cache(
                 READ_WOVEN,
                 WRITE_WOVEN,
                 VECTOR,
-                PTX,
+                ISA,
             )
             q_row = q_ptr + (token * (HEADS * (NOPE + ROPE)) + head * (NOPE + ROPE) + NOPE)
             _store(q_row, p_at, p, exists, VECTOR)

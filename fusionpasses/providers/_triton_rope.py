@@ -167,7 +167,7 @@ def _launch_rope(
             PAGE=page,
             SCALING=scaled,
             VECTOR=vector,
-            PTX=gpu.hopper_ptx,
+            ISA=gpu.isa,
             mutates=(kv_cache,) if pe_cache is None else (kv_cache, pe_cache),
             **options,
         )

@@ -60,7 +60,7 @@ def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, T
             row_blocks,
             MASKED=row_blocks % tile != 0,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
-            PTX=gpu.hopper_ptx,
+            ISA=gpu.isa,
             **options,
         )
     return codes, scales
@@ -197,7 +197,7 @@ def _launch_norm(
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
             ROUND_BEFORE_WEIGHT=round_before_weight,
             ROUND_RESULT=round_result,
-            PTX=gpu.hopper_ptx,
+            ISA=gpu.isa,
             **options,
         )
 
