@@ -43,10 +43,11 @@ Call = Callable[[], Any]
 def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if "mla" in name:
         # As many tokens as x has rows, of four heads.
-        b = rope_mla_kv_cache.buffers(len(x), 4, x.device.type)
+        b = rope_mla_kv_cache.buffers(len(x), 4, x.device.type, by_bmm="bmm" in name)
         if name.startswith("concat"):
             return (b["kv_c"], b["k_pe"], b["kv_cache"], b["slots"]), {}
-        names = ("q_nope",) * ("absorbed" in name) + ("q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
+        nope = ("up", "w_uk") if "bmm" in name else ("q_nope",) if "absorbed" in name else ()
+        names = (*nope, "q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
         return tuple(b[name] for name in names), rope_mla_kv_cache.KWARGS | {"positions": b["positions"]}
     if "norm" not in name:
         return (x,), {"scale_mode": "even"}
@@ -85,16 +86,23 @@ def time_of(call: Call, device: str) -> float:
 
 
 def bare_launch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The launch that the adapter makes, and nothing else; keeps the outputs."""
+    """What the adapter launches, by torch or Triton, and nothing else; keeps the outputs."""
     launches: list[Call] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *values: Any, mutates: Any = (), **constants: Any) -> None:
         launches.append(lambda: kernel[grid](*values, **constants))
 
-    with mock.patch.object(_launch, "launch", record):
+    def record_first(call: Callable[..., None], *tensors: torch.Tensor) -> None:
+        launches.append(lambda: call(*tensors))
+
+    with mock.patch.object(_launch, "launch", record), mock.patch.object(_launch, "first", record_first):
         ADAPTERS[name](*args, **kwargs)
-    (launch,) = launches
-    return launch
+
+    def bare() -> None:
+        for launch in launches:
+            launch()
+
+    return bare if len(launches) > 1 else launches[0]
 
 
 def compiled_share(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> float:

@@ -1,26 +1,31 @@
 """RoPE + write to the MLA cache + q for absorbed attention, beside a copy, plain Inductor and AITER.
 
-``python -m benchmarks.rope_mla_kv_cache [--tokens T ...] [--heads H ...] [--peer-path DIR] [--json FILE]``, on a GPU.
+``python -m benchmarks.rope_mla_kv_cache [--tokens T ...] [--heads H ...] [--only-bmm] [--peer-path DIR]
+[--json FILE]``, on a GPU.
 
 DeepSeek-V3's sizes: latent 512, rope 64, bfloat16, the table of angles and positions, interleaved pairs. q_nope comes
 heads first, as the absorbing bmm gives it, the rest as slices of what the projections give; the cache is flat. All on
-the same buffers, in one run; nothing is timed before its q and its cache are compared with the reference's.
+the same buffers, in one run; nothing is timed before its q and its cache are compared with the reference's. Then the
+same with that bmm in front (``bmm``), of 128 elements of q_nope with weights of its own for each set of buffers.
 
 =======  ===============================================================================================================
 ours     ``fused_rope_mla_kv_cache.absorbed``
 plain    the same in aten ops, compiled by Inductor with emulated precision casts
 opaque   Inductor's rotations and q, then ``concat_and_cache_mla`` as an op of its own
 aiter    ``fused_qk_rope_cat_and_cache_mla``, with --peer-path
+into     only with the bmm: ``fused_rope_mla_kv_cache.absorbed_bmm``, which writes the product into q
 =======  ===============================================================================================================
 
-The yardstick is a copy kernel that moves as many bytes: inputs and outputs once, without angles and slots. Times are
-those of a CUDA graph over sets of buffers larger than the L2 cache (``fusionpasses/bench/timing.py``).
+The yardstick is a copy kernel that moves as many bytes: inputs and outputs once, without angles and slots; with the
+bmm, that bmm alone and a copy of what is not its product. Times are those of a CUDA graph over sets of buffers larger
+than the L2 cache (``fusionpasses/bench/timing.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -44,14 +49,17 @@ KWARGS = {"style": "interleaved", "negative_slots": "wrap"}
 Buffers = dict[str, Tensor]
 
 
-def buffers(tokens: int, heads: int, device: str) -> Buffers:
+def buffers(tokens: int, heads: int, device: str, *, by_bmm: bool = False) -> Buffers:
+    """Arguments; with q_nope, or with the factors that give it, ``up`` and ``w_uk``."""
     make = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
     joint = make(tokens, Q_LORA + LATENT + ROPE)
     slots = 2 * tokens + 64
     angle = torch.rand(TABLE, ROPE // 2, device=device) * 7
-    return {
-        "q_nope": make(heads, tokens, LATENT).transpose(0, 1),
-        "q_pe": make(tokens, heads, NOPE_IN + ROPE)[..., NOPE_IN:],
+    q = make(tokens, heads, NOPE_IN + ROPE)
+    factors = {"up": q[..., :NOPE_IN].transpose(0, 1), "w_uk": make(heads, NOPE_IN, LATENT) / NOPE_IN**0.5}
+    nope = factors if by_bmm else {"q_nope": make(heads, tokens, LATENT).transpose(0, 1)}
+    return nope | {
+        "q_pe": q[..., NOPE_IN:],
         "k_pe": joint[:, Q_LORA + LATENT :],
         "kv_c": joint[:, Q_LORA : Q_LORA + LATENT],
         "kv_cache": make(slots, LATENT + ROPE),
@@ -62,8 +70,13 @@ def buffers(tokens: int, heads: int, device: str) -> Buffers:
     }
 
 
-def bytes_moved(tokens: int, heads: int) -> int:
-    return 2 * 2 * tokens * (heads + 1) * (LATENT + ROPE)
+def bytes_moved(tokens: int, heads: int, *, by_bmm: bool) -> int:
+    """Without the product, if there is a bmm."""
+    return 2 * 2 * tokens * (heads * (ROPE if by_bmm else LATENT + ROPE) + LATENT + ROPE)
+
+
+def q_nope_of(b: Buffers) -> Tensor:
+    return b["q_nope"] if "q_nope" in b else torch.bmm(b["up"], b["w_uk"]).transpose(0, 1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,33 +88,41 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def plain(b: Buffers) -> Tensor:
     cos, sin = b["cos"][b["positions"]], b["sin"][b["positions"]]
     b["kv_cache"][b["slots"]] = torch.cat((b["kv_c"], rotated(b["k_pe"], cos, sin)), -1)
-    return torch.cat((b["q_nope"], rotated(b["q_pe"], cos, sin)), -1)
+    return torch.cat((q_nope_of(b), rotated(b["q_pe"], cos, sin)), -1)
 
 
 def opaque(b: Buffers) -> Tensor:
     cos, sin = b["cos"][b["positions"]], b["sin"][b["positions"]]
     torch.ops.fusionpasses.concat_and_cache_mla(b["kv_c"], rotated(b["k_pe"], cos, sin), b["kv_cache"], b["slots"])
-    return torch.cat((b["q_nope"], rotated(b["q_pe"], cos, sin)), -1)
+    return torch.cat((q_nope_of(b), rotated(b["q_pe"], cos, sin)), -1)
 
 
 def ours(b: Buffers, provider: str) -> Tensor:
-    first = (b["q_nope"], b["q_pe"], b["k_pe"], b["kv_c"], b["kv_cache"], b["cos"], b["sin"], b["slots"])
+    first = (q_nope_of(b), b["q_pe"], b["k_pe"], b["kv_c"], b["kv_cache"], b["cos"], b["sin"], b["slots"])
     q: Tensor = OPS[OP].overload(*first, **KWARGS, positions=b["positions"], provider=provider)
+    return q
+
+
+def into(b: Buffers) -> Tensor:
+    first = (b["up"], b["w_uk"], b["q_pe"], b["k_pe"], b["kv_c"], b["kv_cache"], b["cos"], b["sin"], b["slots"])
+    q: Tensor = OPS[f"{OP}_bmm"].overload(*first, **KWARGS, positions=b["positions"], provider="triton")
     return q
 
 
 def aiter(function: Callable[..., Any], b: Buffers) -> Tensor:
     one_head = [b[name].unsqueeze(1) for name in ("kv_c", "k_pe", "kv_cache")]
     q: Tensor = function(
-        b["q_nope"], b["q_pe"], *one_head, b["slots"], b["positions"], b["cos"], b["sin"], None, is_neox=False
+        q_nope_of(b), b["q_pe"], *one_head, b["slots"], b["positions"], b["cos"], b["sin"], None, is_neox=False
     )[0]
     return q
 
 
-def contenders(rope_of_aiter: Callable[..., Any] | None) -> dict[str, Callable[[Buffers], Tensor]]:
+def contenders(rope_of_aiter: Callable[..., Any] | None, *, by_bmm: bool) -> dict[str, Callable[[Buffers], Tensor]]:
     as_eager = {"emulate_precision_casts": True}
     compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=as_eager)
     found: dict[str, Callable[[Buffers], Tensor]] = {"ours": functools.partial(ours, provider="triton")}
+    if by_bmm:
+        found["into"] = into
     found |= {"plain": compiled(plain), "opaque": compiled(opaque)}
     if rope_of_aiter is not None:
         found["aiter"] = functools.partial(aiter, rope_of_aiter)
@@ -109,16 +130,20 @@ def contenders(rope_of_aiter: Callable[..., Any] | None) -> dict[str, Callable[[
 
 
 @torch.inference_mode()
-def measure(tokens: int, heads: int, rope_of_aiter: Callable[..., Any] | None) -> list[dict[str, Any]]:
+def measure(
+    tokens: int, heads: int, rope_of_aiter: Callable[..., Any] | None, *, by_bmm: bool = False
+) -> list[dict[str, Any]]:
     torch._dynamo.reset()
-    moved = bytes_moved(tokens, heads)
-    sets = [buffers(tokens, heads, "cuda") for _ in range(sets_for(moved))]
-    fresh = {name: tensor.clone() for name, tensor in sets[0].items()}
+    moved = bytes_moved(tokens, heads, by_bmm=by_bmm)
+    sets = [buffers(tokens, heads, "cuda", by_bmm=by_bmm) for _ in range(sets_for(moved))]
+    fresh = sets[0] | {"kv_cache": sets[0]["kv_cache"].clone()}
     q = ours(fresh, "reference")
     yardstick = copy_time(moved)
+    if by_bmm:
+        yardstick += replay_time([functools.partial(q_nope_of, b) for b in sets])
     rows = []
-    for who, run in contenders(rope_of_aiter).items():
-        row: dict[str, Any] = {"tokens": tokens, "heads": heads, "who": who, "bytes": moved, "copy_us": yardstick}
+    for who, run in contenders(rope_of_aiter, by_bmm=by_bmm).items():
+        row: dict[str, Any] = {"tokens": tokens, "heads": heads, "bmm": by_bmm, "who": who, "copy_us": yardstick}
         sets[0]["kv_cache"].zero_()
         sets[0]["kv_cache"][sets[0]["slots"]] = -1.0
         try:
@@ -139,7 +164,7 @@ def measure(tokens: int, heads: int, rope_of_aiter: Callable[..., Any] | None) -
 
 
 def line(row: dict[str, Any]) -> str:
-    start = f"{row['tokens']:6d} {row['heads']:5d} {row['who']:7}"
+    start = f"{row['tokens']:6d} {row['heads']:5d} {'bmm ' if row['bmm'] else '':4}{row['who']:7}"
     if "failed" in row:
         return f"{start} failed: {row['failed'][:600]}"
     timed = f"{row['us']:9.2f} {row['of_copy']:8.2f}" if "us" in row else f"{'wrong':>9} {'-':>8}"
@@ -151,6 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="T")
     parser.add_argument("--heads", type=int, nargs="+", default=HEADS, metavar="H")
     parser.add_argument("--peer-path", type=pathlib.Path, metavar="DIR", help="checkout of AITER")
+    parser.add_argument("--only-bmm", action="store_true", help="only with the absorbing bmm in front")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -158,9 +184,12 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     rope_of_aiter = None if args.peer_path is None else peers.load_aiter_rope(args.peer_path)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
-    print(f"{'tokens':>6} {'heads':>5} {'who':7} {'us':>9} {'of copy':>8} {'copy us':>9} {'differ':>8} {'error':>9}")
+    print(f"{'tokens':>6} {'heads':>5} {'who':11} {'us':>9} {'of copy':>8} {'copy us':>9} {'differ':>8} {'error':>9}")
     torch.manual_seed(0)
-    rows = [row for heads in args.heads for tokens in args.tokens for row in measure(tokens, heads, rope_of_aiter)]
+    rows = []
+    for heads, tokens, by_bmm in itertools.product(args.heads, args.tokens, (False, True)):
+        if not args.only_bmm or by_bmm:
+            rows += measure(tokens, heads, rope_of_aiter, by_bmm=by_bmm)
     if args.json:
         environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")

@@ -108,7 +108,7 @@ def test_every_site_of_every_layer_fuses(step):
     assert not report.refused
     ropes = [site for site in report.fused if site.pass_name == ROPE]
     assert sorted(site.where.module for site in ropes) == [f"layers.{i}.attention" for i in range(layers)]
-    assert {site.op for site in ropes} == {f"{ROPE}.absorbed"}
+    assert {site.op for site in ropes} == {f"{ROPE}.absorbed_bmm"}
     norms = sorted(site.where.module for site in report.fused if site.pass_name != ROPE)
     names = ("attention.q_a_norm", "input_norm", "post_attention_norm")
     assert norms == [f"layers.{i}.{name}" for i in range(layers) for name in names]
@@ -120,7 +120,7 @@ def test_the_script_compiles_compares_and_says_so(capsys):
     assert mla_decode.main(["--steps", "5"]) == 0
     said = capsys.readouterr().out
     for line in (
-        f"2 fused into {ROPE}.absorbed",
+        f"2 fused into {ROPE}.absorbed_bmm",
         "3 fused into rmsnorm_mxfp4_quant.default",
         "3 fused into rmsnorm_add_mxfp4_quant.default",
         ", 0 differ",

@@ -73,6 +73,70 @@ def k_is_read(q, q_nope, k, cos, sin, weight):
     return k1, [*query, k1 * 2]
 
 
+def bmm_and_k_is_read(q, q_nope, k, cos, sin, weight):
+    k1, query = by_bmm(q, q_nope, k, cos, sin, weight)
+    return k1, [*query, k1 * 2]
+
+
+def by_einsum(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([torch.einsum("thp,hpn->thn", q_nope, weight), neox(q, cos, sin)], -1)]
+
+
+def by_einsum_in_batches(q, q_nope, k, cos, sin, weight):
+    q, q_nope, k, cos, sin = grouped(q), grouped(q_nope), grouped(k), grouped(cos), grouped(sin)
+    return neox(k, cos, sin), [torch.cat([torch.einsum("bshp,hpn->bshn", q_nope, weight), neox(q, cos, sin)], -1)]
+
+
+def by_transposed_weight(q, q_nope, k, cos, sin, weight):
+    """As from the rows of kv_b_proj: ``[H, N, P]``, transposed."""
+    weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    return neox(k, cos, sin), [torch.cat([absorbed(q_nope, weight), neox(q, cos, sin)], -1)]
+
+
+def product_is_read(q, q_nope, k, cos, sin, weight):
+    product = absorbed(q_nope, weight)
+    return neox(k, cos, sin), [torch.cat([product, neox(q, cos, sin)], -1), product + 1]
+
+
+def product_is_read_heads_first(q, q_nope, k, cos, sin, weight):
+    product = torch.bmm(q_nope.transpose(0, 1), weight)
+    return neox(k, cos, sin), [torch.cat([product.transpose(0, 1), neox(q, cos, sin)], -1), product + 1]
+
+
+def product_is_scaled(q, q_nope, k, cos, sin, weight):
+    return neox(k, cos, sin), [torch.cat([absorbed(q_nope, weight) * 2, neox(q, cos, sin)], -1)]
+
+
+def product_of_tokens(q, q_nope, k, cos, sin, weight):
+    """A bmm over tokens, whose result has tokens first without being transposed."""
+    product = torch.bmm(q_nope, weight[:1].expand(q_nope.shape[0], -1, -1))
+    return neox(k, cos, sin), [torch.cat([product, neox(q, cos, sin)], -1)]
+
+
+def product_of_one_batch(q, q_nope, k, cos, sin, weight):
+    """All heads share a weight."""
+    product = torch.bmm(q_nope.reshape(1, -1, NOPE), weight[:1]).view(-1, HEADS, ABSORBED)
+    return neox(k, cos, sin), [torch.cat([product, neox(q, cos, sin)], -1)]
+
+
+def product_in_other_order_of_tokens(q, q_nope, k, cos, sin, weight):
+    q, k = (grouped(x).transpose(0, 1).contiguous() for x in (q, k))
+    cos, sin = grouped(cos).transpose(0, 1), grouped(sin).transpose(0, 1)
+    return neox(k, cos, sin), [torch.cat([grouped(absorbed(q_nope, weight)).transpose(0, 1), neox(q, cos, sin)], -1)]
+
+
+def product_regrouped(q, q_nope, k, cos, sin, weight):
+    """Tokens and heads of the product swapped by a view, not by a transposition: other rows."""
+    product = torch.bmm(q_nope.transpose(0, 1), weight).view(-1, HEADS, ABSORBED)
+    return neox(k, cos, sin), [torch.cat([product, neox(q, cos, sin)], -1)]
+
+
+def product_of_the_rotated_k(q, q_nope, k, cos, sin, weight):
+    """The product needs what the op gives: only the rotated q is left to fuse."""
+    k1 = neox(k, cos, sin)
+    return k1, [torch.cat([absorbed(q_nope * k1.mean(), weight), neox(q, cos, sin)], -1)]
+
+
 def other_order(q, q_nope, k, cos, sin, weight):
     return neox(k, cos, sin), [torch.cat([neox(q, cos, sin), q_nope], -1)]
 
@@ -141,13 +205,24 @@ def nope_of_the_rotated_k(q, q_nope, k, cos, sin, weight):
 
 ABSORBED_CASES: dict[Case, str] = {
     plain: "absorbed",
-    by_bmm: "absorbed",
-    in_batches: "absorbed",
-    turned_back: "absorbed",
+    by_bmm: "absorbed_bmm",
+    in_batches: "absorbed_bmm",
+    turned_back: "absorbed_bmm",
     turned_in_batches: "absorbed",
     of_one_token: "absorbed",
-    of_one_token_squeezed: "absorbed",
+    of_one_token_squeezed: "absorbed_bmm",
     k_is_read: "absorbed_with_k",
+    bmm_and_k_is_read: "absorbed_bmm_with_k",
+    by_einsum: "absorbed_bmm",
+    by_einsum_in_batches: "absorbed_bmm",
+    by_transposed_weight: "absorbed_bmm",
+    product_is_read: "absorbed",
+    product_is_read_heads_first: "absorbed",
+    product_is_scaled: "absorbed",
+    product_of_tokens: "absorbed",
+    product_of_one_batch: "absorbed",
+    product_in_other_order_of_tokens: "absorbed",
+    product_regrouped: "absorbed",
 }
 TWINS: dict[Case, str] = {
     other_order: "default",
@@ -164,6 +239,7 @@ TWINS: dict[Case, str] = {
     other_tokens_first: "default",
     query_heads_first: "default",
     nope_of_the_rotated_k: "with_k",
+    product_of_the_rotated_k: "with_k",
 }
 
 
@@ -210,10 +286,39 @@ def run(cases: dict[Case, str], dynamic: bool):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_query_is_made_by_the_op_and_the_cat_is_gone(dynamic: bool) -> None:
     # With dynamic tokens, those that regroup them take seconds to trace.
-    cases = [plain, by_bmm, of_one_token, k_is_read] if dynamic else ABSORBED_CASES
+    some = [plain, by_bmm, of_one_token, k_is_read, bmm_and_k_is_read, product_is_scaled, product_of_tokens]
+    cases = some if dynamic else ABSORBED_CASES
     graph = run({case: ABSORBED_CASES[case] for case in cases}, dynamic)
-    assert "aten.cat" not in graph.report.ops_after
-    assert "aten.clone" not in graph.report.ops_after
+    before, after = graph.report.ops_before, graph.report.ops_after
+    assert "aten.cat" not in after
+    assert after.get("aten.clone") == before.get("aten.clone")
+    # Products that are taken into the op are computed there alone.
+    taken = sum("bmm" in ABSORBED_CASES[case] for case in cases)
+    assert after.get("aten.bmm", 0) == before["aten.bmm"] - taken
+
+
+def test_sizes_of_a_product_that_goes_are_asked_of_what_stays() -> None:
+    """Two of them are symbols, in a view of the product."""
+
+    def model(q, k, kv_c, cos, sin, weight, slots, cache):
+        q_nope, q = q[..., :NOPE], q[..., NOPE:]
+        query = torch.cat([torch.einsum("bshp,hpn->bshn", q_nope, weight), neox(q, cos, sin)], -1)
+        k = neox(k, cos, sin)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c.flatten(0, 1), k.flatten(0, 2), cache, slots)
+        return query
+
+    tensors = inputs_of(0)
+    q, k, cos, sin, kv_c = (grouped(x) for x in (torch.cat([tensors[1], tensors[0]], -1), *tensors[2:5], tensors[6]))
+    inputs = [q, k, kv_c, cos, sin, tensors[5], tensors[7], tensors[8]]
+    for tensor in inputs[:5]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(tensor, 1)
+    torch._dynamo.mark_dynamic(tensors[7], 0)
+    with torch.no_grad():
+        result = assert_equivalent(model, inputs, fullgraph=True, options=EAGER_ROUNDINGS)
+    (graph,) = result.graphs
+    assert [s.op for s in result.report.fused] == ["fused_rope_mla_kv_cache.absorbed_bmm"], graph.report
+    assert "aten.bmm" not in graph.report.ops_after, graph.report
 
 
 def test_other_readers_of_the_rotated_q_keep_it() -> None:

@@ -125,6 +125,12 @@ def test_bytes_of_the_spellings_of_models(spelling, table, dtype):
     absorbed, k_got = fused.absorbed_with_k(q_nope, q, k, kv_c, torch.zeros_like(want), cos, sin, slots, **how)
     assert same_bytes(absorbed, torch.cat((q_nope, q_want), -1))
     assert same_bytes(k_got, k_want)
+    up, w_uk = torch.randn(heads, tokens, 16, dtype=dtype), torch.randn(heads, 16, 24, dtype=dtype)
+    args = (q, k, kv_c, torch.zeros_like(want), cos, sin, slots)
+    absorbed, k_got = fused.absorbed_bmm_with_k(up, w_uk, *args, **how)
+    assert same_bytes(absorbed, torch.cat((torch.bmm(up, w_uk).transpose(0, 1), q_want), -1))
+    assert same_bytes(k_got, k_want)
+    assert same_bytes(args[3], want)
 
 
 def test_float32_angles_and_model_dtype_angles_differ():
@@ -295,7 +301,11 @@ class Variant:
             "with_k": lambda: fused.with_k(*args, **how),
             "absorbed": lambda: (fused.absorbed(q_nope, *args, **how),),
             "absorbed_with_k": lambda: fused.absorbed_with_k(q_nope, *args, **how),
+            # By a unit matrix: the product is q_nope again.
+            "absorbed_bmm": lambda: (fused.absorbed_bmm(*factors, *args, **how),),
+            "absorbed_bmm_with_k": lambda: fused.absorbed_bmm_with_k(*factors, *args, **how),
         }
+        factors = q_nope.transpose(0, 1), torch.eye(q_nope.shape[2], dtype=q_nope.dtype).expand(self.heads, -1, -1)
         for name, call in calls.items():
             for stored, old in zip(storage, before, strict=True):
                 stored.copy_(old)
@@ -597,6 +607,29 @@ def test_bad_q_nope_is_refused(q_nope, text):
     args = (ONES(2, 2, 4), ONES(2, 4), ONES(2, 3), cache, ONES(2, 2), ONES(2, 2), torch.tensor([0, 1]))
     with pytest.raises(UnsupportedInput) as error:
         fused.absorbed(q_nope, *args, style="neox", negative_slots="skip")
+    assert text in str(error.value)
+    assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    ("up", "w_uk", "text"),
+    [
+        (ONES(3, 2, 5), ONES(3, 5, 7), "q_nope: got torch.float32 (3, 2, 5), allowed torch.float32 [2, 3, P]"),
+        (ONES(2, 3), ONES(2, 5, 7), "q_nope: got torch.float32 (2, 3)"),
+        (ONES(2, 3, 5).half(), ONES(2, 5, 7).half(), "q_nope: got torch.float16 (2, 3, 5)"),
+        (ONES(2, 3, 5), ONES(2, 4, 7), "w_uk: got torch.float32 (2, 4, 7), allowed torch.float32 [2, 5, N]"),
+        (ONES(2, 3, 5), ONES(5, 7), "w_uk: got torch.float32 (5, 7)"),
+        (ONES(2, 3, 5), ONES(2, 5, 7).half(), "w_uk: got torch.float16 (2, 5, 7)"),
+        (ONES(2, 3, 5), ONES(2, 5, 7, device="meta"), "w_uk.device: got meta"),
+        (ONES(2, 3, 5, device="meta"), ONES(2, 5, 7), "q_nope.device: got meta"),
+    ],
+)
+def test_bad_factors_are_refused(up, w_uk, text):
+    """Two heads, three tokens."""
+    cache = torch.zeros(6, 7)
+    args = (ONES(3, 2, 4), ONES(3, 4), ONES(3, 3), cache, ONES(3, 2), ONES(3, 2), torch.tensor([0, 1, 2]))
+    with pytest.raises(UnsupportedInput) as error:
+        fused.absorbed_bmm(up, w_uk, *args, style="neox", negative_slots="skip")
     assert text in str(error.value)
     assert not cache.any()
 

@@ -41,6 +41,8 @@ CACHES: dict[str, tuple[tuple[int, ...], Any]] = {
 #: Writes that need the rows of the cache as one axis.
 FLAT_WRITES = ("index", "index_copy_", "slice", "kv_c, then k, flat")
 WRITES = (*FLAT_WRITES, "block and offset", "kv_c, then k", "k, then kv_c", "two caches", "op", "op, two caches")
+#: What reads the rotated q.
+QUERIES = ("itself", "its product", "absorbed", "absorbed bmm", "rope first", "absorbed, and itself")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Variant:
     tables: str
     slots: torch.dtype
     numbers: tuple[int, ...]
-    query: str  # what reads the rotated q
+    query: str
     reads_k: bool
     dynamic: bool
     float8: bool
@@ -79,7 +81,8 @@ class Variant:
         if self.float8:
             cache, second = (x.to(torch.float8_e4m3fn).view(torch.uint8) for x in (cache, second))
         slots = torch.tensor(self.numbers).to(self.slots).view(lead)
-        return [q, q_nope, k, kv_c, angle.cos().to(table), angle.sin().to(table), slots, cache, second]
+        w_uk = random(HEADS, NOPE, NOPE)
+        return [q, q_nope, k, kv_c, angle.cos().to(table), angle.sin().to(table), slots, cache, second, w_uk]
 
     def run(
         self,
@@ -92,6 +95,7 @@ class Variant:
         slots: Tensor,
         cache: Tensor,
         second: Tensor,
+        w_uk: Tensor,
     ) -> list[Tensor]:
         rotate = ROTATIONS[self.rotation]
         torch._check(slots.shape[0] == k.shape[0])  # index_put_ would broadcast a single row
@@ -102,7 +106,12 @@ class Variant:
         q1 = (other if self.wrong == "other style" else rotate)(q, cos_of_q, sin)
         k1 = rotate(k, cos, -sin) if self.wrong == "backwards" else rotate(k, cos, sin)
         outputs = [q1 * 2 if self.query == "its product" else q1]
-        if self.query == "absorbed":
+        if self.query == "absorbed bmm":
+            tokens = {"THR": "t", "BSHR": "bs", "BHSR": "b"}[self.layout]
+            heads = "hs" if self.layout == "BHSR" else "h"
+            product = torch.einsum(f"{tokens}{heads}p,hpn->{tokens}{heads}n", q_nope, w_uk)
+            outputs = [torch.cat([product, q1], -1)]
+        elif self.query == "absorbed":
             outputs = [torch.cat([q_nope, q1], -1)]
         elif self.query == "rope first":
             outputs = [torch.cat([q1, q_nope], -1)]
@@ -209,7 +218,7 @@ def variants(draw: Any, wrong: bool = False) -> Variant:
         tables="float32" if "float32" in rotation else draw(st.sampled_from(["same", "same"])),
         slots=torch.int64 if write == "index_copy_" else draw(st.sampled_from([torch.int64, torch.int32])),
         numbers=tuple(draw(st.lists(st.integers(low, CAPACITY - 1), min_size=TOKENS, max_size=TOKENS))),
-        query=draw(st.sampled_from(["itself", "its product", "absorbed", "rope first", "absorbed, and itself"])),
+        query=draw(st.sampled_from(QUERIES)),
         reads_k=draw(st.booleans()),
         dynamic=write != "slice" and draw(st.sampled_from([False] * 4 + [True])),
         float8=write.startswith("op") and not fault and draw(st.booleans()),
@@ -246,8 +255,9 @@ def check(bundle: list[Variant]) -> None:
             assert (site.status != FUSED, WRONG[v.wrong] in site.reason) == (True, True), f"{v}\n{site}"
         else:
             assert (site.status, site.reason) == (FUSED, ""), f"{v}\n{site}"
-            absorbed = v.query == "absorbed" and v.layout != "BHSR"  # whose query has other strides than the op's
-            name = ("absorbed_" if absorbed else "") + ("with_k" if v.reads_k else "")
+            # With heads first the query has other strides than the op's.
+            absorbed = v.query in ("absorbed", "absorbed bmm") and v.layout != "BHSR"
+            name = f"{v.query.replace(' ', '_')}_" * absorbed + ("with_k" if v.reads_k else "")
             assert site.op == f"fused_rope_mla_kv_cache.{name.strip('_') or 'default'}", v
         _judged["illegal" if v.wrong else "legal"] += 1
 

@@ -26,6 +26,8 @@ CACHE_CHAINS = {
     "rope+cache, k": "fused_rope_mla_kv_cache.with_k",
     "absorbed": "fused_rope_mla_kv_cache.absorbed",
     "absorbed, k": "fused_rope_mla_kv_cache.absorbed_with_k",
+    "bmm, absorbed": "fused_rope_mla_kv_cache.absorbed_bmm",
+    "bmm, absorbed, k": "fused_rope_mla_kv_cache.absorbed_bmm_with_k",
     "cache write": "concat_and_cache_mla.default",
 }
 
@@ -169,7 +171,12 @@ class CacheConfig:
         keywords |= {"style": self.style, "negative_slots": self.negative_slots, "positions": positions}
         q_pe = _slice(tokens * self.heads, rope, 128, apart, dtype).unflatten(0, (tokens, self.heads))
         arguments = [q_pe, k_pe, kv_c, cache, angles, angles, slots]
-        if self.chain.startswith("absorbed"):
+        if self.chain.startswith("bmm"):
+            # Heads first, in rows that also hold q_pe.
+            up = _slice(tokens * self.heads, 128, 0, rope + apart, dtype).unflatten(0, (tokens, self.heads))
+            w_uk = torch.empty(self.heads, 128, nope, dtype=dtype, device="meta")
+            arguments = [up.transpose(0, 1), w_uk, *arguments]
+        elif self.chain.startswith("absorbed"):
             # As the absorbing bmm gives it: heads first.
             q_nope = _slice(self.heads * tokens, nope, 0, apart, dtype).unflatten(0, (self.heads, tokens))
             arguments.insert(0, q_nope.transpose(0, 1))

@@ -8,9 +8,13 @@ Overloads:
     absorbed -> q: cat([q_nope, rope(q_pe)], -1), what absorbed attention multiplies with the cache's rows; takes q_nope
         as its first argument
     absorbed_with_k -> (q, k): both
+    absorbed_bmm -> q: cat([bmm(q_nope, w_uk).transpose(0, 1), rope(q_pe)], -1), where the bmm, which absorbs the
+        up-projection of keys, writes into its part of the query; takes q_nope and w_uk as its first arguments
+    absorbed_bmm_with_k -> (q, k): both
 
 Args:
-    q_nope: ``[T, H, N]`` in the dtype of q_pe, any strides.
+    q_nope: ``[T, H, N]`` in the dtype of q_pe, any strides. Of absorbed_bmm, as its first factor: ``[H, T, P]``.
+    w_uk: ``[H, P, N]`` in the dtype of q_pe, any strides.
     q_pe: ``[T, H, R]`` bfloat16, float16 or float32, R even, any strides, T may be 0.
     k_pe: ``[T, R]`` or ``[T, 1, R]`` in the same dtype, any strides.
     kv_c: ``[T, L]`` in the same dtype, any strides.
@@ -27,7 +31,8 @@ Args:
 
 Returns:
     q ``[T, H, R]``, or ``[T, H, N + R]`` when absorbed, and k in the shape of k_pe; in the dtype of q_pe, contiguous.
-    Every provider gives the same bytes, except where a slot occurs twice.
+    Every provider gives the same bytes, except where a slot occurs twice. The product of absorbed_bmm is torch.bmm's,
+    with what that depends on: the device, its library, ``torch.backends``.
 
 Raises:
     UnsupportedInput: an argument outside the above, or an input that requires grad in grad mode; on a CPU also a slot
@@ -92,6 +97,23 @@ def check_absorbed(q_nope: Tensor, q_pe: Tensor, *args: Any, **kwargs: Any) -> N
     _indices.check_device("q_nope", q_nope, q_pe.device)
 
 
+def check_absorbed_bmm(q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, *args: Any, **kwargs: Any) -> None:
+    check(q_pe, *args, **kwargs)
+    tokens, heads = q_pe.shape[:2]
+    if q_nope.dim() != 3 or q_nope.shape[:2] != (heads, tokens) or q_nope.dtype != q_pe.dtype:
+        raise UnsupportedInput(
+            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, allowed {q_pe.dtype} [{heads}, {tokens}, P], the "
+            "heads, tokens and dtype of q_pe; transpose it if tokens are first"
+        )
+    if w_uk.dim() != 3 or w_uk.shape[:2] != (heads, q_nope.shape[2]) or w_uk.dtype != q_pe.dtype:
+        raise UnsupportedInput(
+            f"w_uk: got {w_uk.dtype} {tuple(w_uk.shape)}, allowed {q_pe.dtype} [{heads}, {q_nope.shape[2]}, N], what "
+            f"q_nope {tuple(q_nope.shape)} is multiplied with for each head"
+        )
+    for name, tensor in (("q_nope", q_nope), ("w_uk", w_uk)):
+        _indices.check_device(name, tensor, q_pe.device)
+
+
 def reference_with_k(
     q_pe: Tensor,
     k_pe: Tensor,
@@ -127,6 +149,14 @@ def reference_absorbed(*args: Any, **kwargs: Any) -> Tensor:
     return reference_absorbed_with_k(*args, **kwargs)[0]
 
 
+def reference_absorbed_bmm_with_k(q_nope: Tensor, w_uk: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return reference_absorbed_with_k(torch.bmm(q_nope, w_uk).transpose(0, 1), *args, **kwargs)
+
+
+def reference_absorbed_bmm(*args: Any, **kwargs: Any) -> Tensor:
+    return reference_absorbed_bmm_with_k(*args, **kwargs)[0]
+
+
 def fake(q_pe: Tensor, *args: object, **kwargs: object) -> Tensor:
     return q_pe.new_empty(q_pe.shape)
 
@@ -143,6 +173,16 @@ def fake_absorbed_with_k(
     q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, *args: object, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
     return fake_absorbed(q_nope, q_pe), k_pe.new_empty(k_pe.shape)
+
+
+def fake_absorbed_bmm(q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return fake_absorbed(w_uk, q_pe)
+
+
+def fake_absorbed_bmm_with_k(
+    q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, k_pe: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    return fake_absorbed(w_uk, q_pe), k_pe.new_empty(k_pe.shape)
 
 
 def samples(device: torch.device) -> Iterator[Sample]:
@@ -210,6 +250,15 @@ def samples_absorbed(device: torch.device) -> Iterator[Sample]:
         yield (q_nope, q_pe, *rest), kwargs
 
 
+def samples_absorbed_bmm(device: torch.device) -> Iterator[Sample]:
+    for (q_pe, *rest), kwargs in samples(device):
+        tokens, heads, rope = q_pe.shape
+        # Views of what the projections give, as in a model. Integers, whose products are exact in any order.
+        q = torch.randint(-3, 4, (tokens, heads, 12 + rope), device=device).to(q_pe.dtype)
+        w_uk = torch.randint(-3, 4, (heads, 12 + 16, 16), device=device).to(q_pe.dtype)[:, :12]
+        yield (q[..., :12].transpose(0, 1), w_uk, q_pe, *rest), kwargs
+
+
 OP = declare(
     "fused_rope_mla_kv_cache.default",
     f"({_ARGUMENTS} -> Tensor",
@@ -241,4 +290,20 @@ OP_ABSORBED_WITH_K = declare(
     reference=reference_absorbed_with_k,
     fake=fake_absorbed_with_k,
     samples=samples_absorbed,
+)
+OP_ABSORBED_BMM = declare(
+    "fused_rope_mla_kv_cache.absorbed_bmm",
+    f"(Tensor q_nope, Tensor w_uk, {_ARGUMENTS} -> Tensor",
+    check=check_absorbed_bmm,
+    reference=reference_absorbed_bmm,
+    fake=fake_absorbed_bmm,
+    samples=samples_absorbed_bmm,
+)
+OP_ABSORBED_BMM_WITH_K = declare(
+    "fused_rope_mla_kv_cache.absorbed_bmm_with_k",
+    f"(Tensor q_nope, Tensor w_uk, {_ARGUMENTS} -> (Tensor q, Tensor k)",
+    check=check_absorbed_bmm,
+    reference=reference_absorbed_bmm_with_k,
+    fake=fake_absorbed_bmm_with_k,
+    samples=samples_absorbed_bmm,
 )

@@ -2,6 +2,9 @@
 
 The rotated q may reach the cat through a permutation and views that regroup tokens. The fused op takes q_nope as
 ``[T, H, N]`` and gives the whole query, so that the cat, which would copy both, disappears.
+
+q_nope comes from a bmm over heads, which absorbs the up-projection of keys. If nothing else reads the product, the op
+takes its factors, and the product is written where the query wants it.
 """
 
 from __future__ import annotations
@@ -14,10 +17,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusionpasses.patterns._graph import is_contiguous, same_shape, tensor_of
 from fusionpasses.patterns._rope import Rope
-from fusionpasses.patterns._rope_edit import tokens_first
+from fusionpasses.patterns._rope_edit import tokens_first, who_knows
 from fusionpasses.patterns._rope_parts import VIEWS
 
 aten = torch.ops.aten
+#: Those that never copy.
+_PURE_VIEWS = (
+    aten.view.default,
+    aten.permute.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
 _REGROUP = (*VIEWS, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 
 
@@ -30,12 +41,20 @@ class Absorbed:
         q_nope: its first part.
         order: the order of cat's axes in which the op takes and gives them: tokens, heads, the width.
         nodes: the views between the rotation and the cat, and the cat.
+        product: if q_nope is the transposed product ``[H, T, N]`` of a bmm, the views between, and last the bmm.
     """
 
     cat: fx.Node
     q_nope: fx.Node
     order: list[int]
     nodes: list[fx.Node]
+    product: list[fx.Node]
+
+    def know_sizes(self, rope: Rope) -> list[fx.Node]:
+        """Tensors and sizes that stay when the product's nodes go."""
+        inside = {*self.product}
+        sources = [source for node in reversed(self.product) for source in node.all_input_nodes]
+        return [rope.x, *(source for source in sources if source not in inside)]
 
 
 def recognise(rope: Rope, head_axis: int) -> Absorbed | None:
@@ -62,9 +81,12 @@ def recognise(rope: Rope, head_axis: int) -> Absorbed | None:
             return None
         nodes.append(user)
         node, user = user, _only_reader(user)
-    if user is None:
-        return None
-    return _of_cat(user, node, axes, wanted, [*nodes, user])
+    found = None if user is None else _of_cat(user, node, axes, wanted, [*nodes, user])
+    if found is not None and found.product:
+        sizes = [size for size in found.q_nope.meta["val"].shape if isinstance(size, torch.SymInt)]
+        if sum(who_knows(size, found.know_sizes(rope)) is None for size in sizes) > 1:
+            found.product = []
+    return found
 
 
 def _of_cat(
@@ -85,7 +107,33 @@ def _of_cat(
     # Attention reads it in these strides. A copy into other ones would cost as much as the cat.
     if not is_contiguous(whole.permute(order)):
         return None
-    return Absorbed(cat, parts[0], order, nodes)
+    return Absorbed(cat, parts[0], order, nodes, _product(parts[0], order))
+
+
+def _product(q_nope: fx.Node, order: list[int]) -> list[fx.Node]:
+    """The views from a bmm over heads to q_nope, and the bmm; nothing if something else reads it.
+
+    A bmm's result is contiguous. So strides tell which element is where in its views: q_nope is the transposed product
+    if its tokens, in order, and its heads are as far apart as the product's.
+    """
+    nodes = [q_nope]
+    while nodes[-1].target in _PURE_VIEWS and isinstance(nodes[-1].args[0], fx.Node):
+        nodes.append(nodes[-1].args[0])
+    product, value = tensor_of(nodes[-1]), tensor_of(q_nope)
+    if nodes[-1].target is not aten.bmm.default or nodes[-1].kwargs or any(len(n.users) != 1 for n in nodes):
+        return []
+    if product is None or value is None or not is_contiguous(product):
+        return []
+    *tokens, heads, last = zip(value.permute(order).shape, value.permute(order).stride(), strict=True)
+    strides = [(heads, product.stride(0)), (last, product.stride(2))]
+    apart = product.stride(1)
+    for axis in reversed(tokens):
+        strides.append((axis, apart))
+        apart *= axis[0]
+    as_wanted = all(
+        statically_known_true(size == 1) or statically_known_true(got == want) for (size, got), want in strides
+    )
+    return nodes if as_wanted and same_shape((heads[0], last[0]), (product.shape[0], product.shape[2])) else []
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

@@ -97,6 +97,8 @@ def look_around(graph: fx.Graph, candidates: Sequence[Candidate]) -> None:
         matched = [*c.k.nodes, *c.write.nodes, *(c.q.nodes if c.q else []), *(c.absorbed.nodes if c.absorbed else [])]
         first, last = min(matched), max(matched)
         c.mutator = next((node for node in mutators if first < node < last), None)
+        if c.absorbed is not None and any(n < node < last for n in c.absorbed.product[-1:] for node in mutators):
+            c.absorbed.product = []  # the product is of what its factors were before
         c.in_circle = i in waiting
         c.reader = _reader(c, computed_from, 1 << i)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,6 +122,19 @@ def _rows_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return table, indices[0]  # type: ignore[return-value]
 
 
+def who_knows(size: torch.SymInt, known: Sequence[fx.Node]) -> tuple[fx.Node, int | None] | None:
+    """The first of these nodes that is the size, or an axis of a tensor among them that has it."""
+    for node in known:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and statically_known_true(value == size):
+            return node, None
+        tensor = tensor_of(node)
+        for axis, other in enumerate(() if tensor is None else tensor.shape):
+            if statically_known_true(other == size):
+                return node, axis
+    return None
+
+
 class Edit:
     """Nodes for the op's arguments and results, at the graph's insertion point."""
 
@@ -142,7 +156,8 @@ class Edit:
         if q is None or k is None or mode is None:
             raise RuntimeError("a site without fake values was to be rewritten")
         with mode:
-            nope = values.get("q_nope")
+            # The last axis of w_uk is that of its product with q_nope.
+            nope = values.get("w_uk", values.get("q_nope"))
             given = [q.new_empty((*q.shape[:2], q.shape[2] + (0 if nope is None else nope.shape[2])))]
             if len(op._schema.returns) == 2:
                 given.append(k.new_empty(k.shape))
@@ -187,9 +202,25 @@ class Edit:
             return node
         return self.call(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
 
-    def unordered(self, node: fx.Node, like: fx.Node, order: list[int]) -> fx.Node:
-        """A result of the op with the axes of ``like``, which it has in this order; only its width may differ."""
-        sizes = [self.size(like, axis) for axis in order[:-1]]
+    def unordered(
+        self, node: fx.Node, like: fx.Node, order: list[int], known: Sequence[fx.Node] | None = None
+    ) -> fx.Node:
+        """A result of the op with the axes of ``like``, which it has in this order; only its width may differ.
+
+        ``known``: who is asked for sizes, because ``like`` shall go; tensors and sizes. None: ``like`` may stay.
+        """
+        if known is None:
+            sizes = [self.size(like, axis) for axis in order[:-1]]
+        else:
+            sizes = []
+            for axis in order[:-1]:
+                size = self.shape(like)[axis]
+                knows = who_knows(size, known) if isinstance(size, torch.SymInt) else None
+                if knows is not None:
+                    node_of, axis_of = knows
+                    sizes.append(node_of if axis_of is None else self.size(node_of, axis_of))
+                else:
+                    sizes.append(size if isinstance(size, int) else -1)  # what is left
         node = self.reshape(node, [*sizes, self.shape(node)[-1]])
         return self.permute(node, [order.index(axis) for axis in range(len(order))])
 

@@ -10,6 +10,7 @@ fused_rope_mla_kv_cache                rotated k is only written, as in absorbed
 fused_rope_mla_kv_cache.with_k         something else reads it, as in prefill with expanded keys
 fused_rope_mla_kv_cache.absorbed       rotated q is only read by ``cat([q_nope, rope(q_pe)], -1)``
 ...absorbed_with_k                     both
+...absorbed_bmm, absorbed_bmm_with_k   and q_nope is a bmm that nothing else reads: the product is written in place
 =====================================  =============================================================
 
 The op mutates its cache. In the functional graph that is ``auto_functionalized_v2(op, ..., _all_bases=[before])``,
@@ -45,12 +46,14 @@ from fusionpasses.report import FUSED, NOTHING, REFUSED, Site, Where
 
 aten = torch.ops.aten
 fused_ops = torch.ops.fusionpasses.fused_rope_mla_kv_cache
-#: By what is read: the query of absorbed attention instead of the rotated q; the rotated k.
+#: By what is read: the rotated q, or the query of absorbed attention, whose q_nope may be a bmm; and the rotated k.
 OVERLOADS = {
-    (False, False): fused_ops.default,
-    (False, True): fused_ops.with_k,
-    (True, False): fused_ops.absorbed,
-    (True, True): fused_ops.absorbed_with_k,
+    ("q", False): fused_ops.default,
+    ("q", True): fused_ops.with_k,
+    ("absorbed", False): fused_ops.absorbed,
+    ("absorbed", True): fused_ops.absorbed_with_k,
+    ("absorbed bmm", False): fused_ops.absorbed_bmm,
+    ("absorbed bmm", True): fused_ops.absorbed_bmm_with_k,
 }
 
 #: What may be done to rows on the way to a cache that the fused op does not do.
@@ -150,7 +153,8 @@ class RopeMlaKvCache(FusionPass):
             site.reason = "it reads what another site was that is rewritten"
         if site.reason or c.q is None or x is None:
             return Judgement(site, node, None)
-        op = OVERLOADS[c.absorbed is not None, c.read_elsewhere]
+        read = "q" if c.absorbed is None else "absorbed bmm" if c.absorbed.product else "absorbed"
+        op = OVERLOADS[read, c.read_elsewhere]
         op_name = f"{op._opname}.{op._overloadname}"
         provider = providers.select(op_name, x.device.type, self.config.provider)
         if provider == "reference" and x.device.type != "cpu" and self.config.provider != provider:
@@ -199,7 +203,10 @@ class RopeMlaKvCache(FusionPass):
                 )
                 kwargs["positions"] = edit.per_token(tables.positions, tables.axes, q_rope.x, head)
                 matched += tables.nodes
-            if c.absorbed is not None:
+            if c.absorbed is not None and c.absorbed.product:
+                kwargs["q_nope"], kwargs["w_uk"] = c.absorbed.product[-1].args
+                matched += c.absorbed.product
+            elif c.absorbed is not None:
                 width = edit.size(c.absorbed.q_nope, -1)
                 kwargs["q_nope"] = edit.reshape(edit.permute(c.absorbed.q_nope, c.absorbed.order), [*rows, width])
             bases, after = _versions(c.write)
@@ -214,7 +221,9 @@ class RopeMlaKvCache(FusionPass):
                 new_q = edit.unordered(edit.getitem(fused, 0), q_rope.x, order)
                 replaced = {q_rope.root: edit.strided_as(new_q, q_rope.root)}
             else:
-                replaced = {c.absorbed.cat: edit.unordered(edit.getitem(fused, 0), c.absorbed.q_nope, c.absorbed.order)}
+                known = c.absorbed.know_sizes(q_rope) if c.absorbed.product else None
+                new_q = edit.unordered(edit.getitem(fused, 0), c.absorbed.q_nope, c.absorbed.order, known)
+                replaced = {c.absorbed.cat: new_q}
             if c.read_elsewhere:
                 new_k = edit.unordered(edit.getitem(fused, 1), k_rope.x, list(range(k.dim())))
                 replaced[k_rope.root] = edit.strided_as(new_k, k_rope.root)

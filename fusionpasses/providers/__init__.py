@@ -30,6 +30,8 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
             "fused_rope_mla_kv_cache.with_k",
             "fused_rope_mla_kv_cache.absorbed",
             "fused_rope_mla_kv_cache.absorbed_with_k",
+            "fused_rope_mla_kv_cache.absorbed_bmm",
+            "fused_rope_mla_kv_cache.absorbed_bmm_with_k",
             "concat_and_cache_mla.default",
         }
     ),

@@ -9,6 +9,8 @@ Two calls are equal if their tensors agree in dtype, device, shape, strides and 
 arguments agree in value. Triton specialises a kernel by nothing else on NVIDIA GPUs, and the providers look at nothing
 else. For AMD's, Triton also looks at the size of the storage; there every call is done in full.
 
+What an adapter has torch do before its launch, such as a matrix product, is part of the plan.
+
 A plan is per number of rows. Rows that vary from step to step cost one full call for each new number and op, not one
 for each layer, because layers make equal calls.
 """
@@ -48,8 +50,13 @@ _UNUSABLE = object()
 _every_plans: list[dict[tuple[Any, ...], _Plan]] = []
 
 
+class _First(NamedTuple):
+    call: Callable[..., None]
+    tensors: tuple[Tensor, ...]
+
+
 class _Recording(threading.local):
-    launches: list[_Launch] | None = None
+    steps: list[_First | _Launch] | None = None
 
 
 _recording = _Recording()
@@ -64,8 +71,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, mutates: tuple[Tensor
     compiled = kernel[grid](*args, **constants)
     if mutates:
         torch.autograd.graph.increment_version(mutates)
-    if _recording.launches is not None:
-        _recording.launches.append(_Launch(kernel, compiled, grid, args, mutates, constants))
+    if _recording.steps is not None:
+        _recording.steps.append(_Launch(kernel, compiled, grid, args, mutates, constants))
+
+
+def first(call: Callable[..., None], *tensors: Tensor) -> None:
+    """``call(*tensors)`` before the launch, and the promise that launch makes. It writes to outputs alone."""
+    call(*tensors)
+    if _recording.steps is not None:
+        _recording.steps.append(_First(call, tensors))
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -88,14 +102,15 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
             outputs = plan(values)
             if outputs is not _UNUSABLE:
                 return outputs
-        launches: list[_Launch] = []
-        outer, _recording.launches = _recording.launches, launches
+        steps: list[_First | _Launch] = []
+        outer, _recording.steps = _recording.steps, steps
         try:
             outputs = call(*args, **kwargs)
         finally:
-            _recording.launches = outer
-        if len(launches) == 1:
-            plan = _plan(launches[0], values, outputs)
+            _recording.steps = outer
+        before = [step for step in steps[:-1] if isinstance(step, _First)]
+        if steps and isinstance(steps[-1], _Launch) and len(before) == len(steps) - 1:
+            plan = _plan(before, steps[-1], values, outputs)
             if plan is not None:
                 if len(plans) >= MAX_PLANS:
                     plans.clear()
@@ -128,7 +143,7 @@ def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ..
     )
 
 
-def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | None:
+def _plan(before: list[_First], launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | None:
     """The plan of a call that made this launch, or None if replaying that would not be the same."""
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction
@@ -162,9 +177,10 @@ def _plan(launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | N
             order.append(places[id(value)])
         else:
             return None
-    if not all(id(tensor) in places for tensor in mutates):
+    if not all(id(tensor) in places for tensor in (*mutates, *(t for step in before for t in step.tensors))):
         return None
     return _replay(
+        tuple((step.call, tuple(places[id(tensor)] for tensor in step.tensors)) for step in before),
         kernel,
         compiled,
         (*grid, 1, 1)[:3],
@@ -190,6 +206,7 @@ def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
 
 
 def _replay(
+    before: tuple[tuple[Callable[..., None], tuple[int, ...]], ...],
     kernel: Any,
     compiled: Any,
     grid: tuple[int, ...],
@@ -220,8 +237,11 @@ def _replay(
         ):
             return _UNUSABLE
         made = tuple([empty(*output) for output in outputs])
+        pool = (*values, *made, *others)
+        for call, tensors in before:
+            call(*[pool[place] for place in tensors])
         # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
-        compiled[grid](*in_order((*values, *made, *others)))
+        compiled[grid](*in_order(pool))
         if mutated:
             torch.autograd.graph.increment_version([values[place] for place in mutated])
         return returned(made)

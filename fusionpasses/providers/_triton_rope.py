@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusionpasses.kernels import arch
@@ -43,6 +44,32 @@ def _fused_rope_mla_kv_cache_absorbed_with_k(
     k = k_pe.new_empty(k_pe.shape)
     _launch_rope(q_nope, q_pe, k_pe, *args, **kwargs, q=q, k=k)
     return q, k
+
+
+def _fused_rope_mla_kv_cache_absorbed_bmm(
+    q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    q = q_pe.new_empty((*q_pe.shape[:2], w_uk.shape[2] + q_pe.shape[2]))
+    _launch.first(_multiply_into, q_nope, w_uk, q)
+    _launch_rope(None, q_pe, *args, **kwargs, q=q, k=None)
+    return q
+
+
+def _fused_rope_mla_kv_cache_absorbed_bmm_with_k(
+    q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, k_pe: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    q = q_pe.new_empty((*q_pe.shape[:2], w_uk.shape[2] + q_pe.shape[2]))
+    k = k_pe.new_empty(k_pe.shape)
+    _launch.first(_multiply_into, q_nope, w_uk, q)
+    _launch_rope(None, q_pe, k_pe, *args, **kwargs, q=q, k=k)
+    return q, k
+
+
+def _multiply_into(q_nope: Tensor, w_uk: Tensor, q: Tensor) -> None:
+    """The product, into the first columns of the query: BLAS takes rows that are further apart than they are wide."""
+    heads, tokens, _ = q_nope.shape
+    width = q.shape[2]
+    torch.bmm(q_nope, w_uk, out=q.as_strided((heads, tokens, w_uk.shape[2]), (width, heads * width, 1)))
 
 
 def _concat_and_cache_mla(
@@ -80,6 +107,8 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "fused_rope_mla_kv_cache.with_k": _fused_rope_mla_kv_cache_with_k,
     "fused_rope_mla_kv_cache.absorbed": _fused_rope_mla_kv_cache_absorbed,
     "fused_rope_mla_kv_cache.absorbed_with_k": _fused_rope_mla_kv_cache_absorbed_with_k,
+    "fused_rope_mla_kv_cache.absorbed_bmm": _fused_rope_mla_kv_cache_absorbed_bmm,
+    "fused_rope_mla_kv_cache.absorbed_bmm_with_k": _fused_rope_mla_kv_cache_absorbed_bmm_with_k,
     "concat_and_cache_mla.default": _concat_and_cache_mla,
 }
 
@@ -103,12 +132,14 @@ def _launch_rope(
     cache_scale: Tensor | None = None,
     scaling: str = "divide",
 ) -> None:
+    """Launch the kernel; without q_nope, the first columns of q that are not q_pe's are left as they are."""
     tokens, latent = kv_c.shape
     rope = k_pe.shape[-1]
     if tokens == 0:
         return
     heads = 1 if q_pe is None else q_pe.shape[1]
-    nope = 0 if q_nope is None else q_nope.shape[2]
+    nope = 0 if q is None else q.shape[2] - rope
+    copied_nope = 0 if q_nope is None else nope
     q_nope, q_pe, k_pe, kv_c = _together(q_nope), _together(q_pe), _together(k_pe), _together(kv_c)
     cos, sin, slots, positions = _together(cos), _together(sin), _together(slots), _together(positions)
     scaled: str | None = None
@@ -118,9 +149,9 @@ def _launch_rope(
     rows = [tensor for tensor in (q_nope, q_pe, k_pe, kv_c, cos, sin, kv_cache, pe_cache) if tensor is not None]
     vector = 8 if rope % 16 == 0 and nope % 8 == 0 and latent % 8 == 0 and all(map(_in_words, rows)) else 1
     gpu = arch.of(k_pe.device)
-    options: dict[str, Any] = kernel.launch_options(tokens, heads, nope, rope, vector, gpu)
+    options: dict[str, Any] = kernel.launch_options(tokens, heads, copied_nope, rope, vector, gpu)
     lanes = options["LANES"]
-    turned, copied = tokens * rope // (2 * vector), 0 if options["JOINED"] else tokens * heads * nope // vector
+    turned, copied = tokens * rope // (2 * vector), 0 if options["JOINED"] else tokens * heads * copied_nope // vector
     k_programs = -(-turned // lanes)
     row_programs = k_programs - (-tokens * (latent // vector) // (lanes * options["ROW_COPIES"]))
     q_programs = row_programs - (0 if q_pe is None else -turned * heads // lanes)
