@@ -9,8 +9,10 @@ from fusionpasses.kernels import _pieces
 
 
 @triton.jit
-def round_to_bfloat16(x_ptr, out_ptr, size, ISA: tl.constexpr, SHORT_NAN: tl.constexpr):
+def round_to_bfloat16(x_ptr, out_ptr, size, ISA: tl.constexpr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0)
-    word = _pieces.pack(x, -x, tl.bfloat16, ISA, SHORT_NAN)
+    # Triton's -x is 0 - x.
+    negative = (x.to(tl.uint32, bitcast=True) ^ 0x80000000).to(tl.float32, bitcast=True)
+    word = _pieces.pack(x, negative, tl.bfloat16, ISA)
     tl.store(out_ptr + at, word, mask=at < size)

@@ -117,10 +117,10 @@ class Draw:
         kwargs |= {"style": rng.choice(STYLES), "negative_slots": negative}
         args = (q_pe, k_pe, kv_c, kv_cache, cos, sin, slots)
         if "bmm" in name:
-            # Small integers: their products are exact in any order, whoever's bmm it is.
+            # Small numbers, whose products are exact in any order, whoever's bmm it is; no zero, whose sign is not.
             inner = rng.choice((1, 12, 20))
             factors = (self.heads, tokens, inner), (self.heads, inner, self.nope)
-            whole = [torch.randint(-3, 4, shape, generator=self.generator).to(self.dtype) for shape in factors]
+            whole = [torch.randint(-3, 3, shape, generator=self.generator).to(self.dtype) + 0.5 for shape in factors]
             args = (*map(self.strided, whole), *args)
         elif "absorbed" in name:
             args = (self.strided(self.values(tokens, self.heads, self.nope)), *args)

@@ -65,33 +65,30 @@ def _rounded_bits(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _bf16_in_upper_half(value, SHORT_NAN: tl.constexpr):
+def _bf16_in_upper_half(value):
     """Bits of a float32, of which the upper half is the value rounded to bfloat16.
 
-    The sum carries into the upper half what rounds up, and past the mantissa's end into the exponent. A NaN must not
-    be carried out of it: its payload is cut first, unless it is that of a 16-bit dtype (``SHORT_NAN``). Arithmetic
-    gives quiet NaNs only, so no payload ends up empty.
+    The sum carries into the upper half what rounds up, and past the mantissa's end into the exponent. It must not carry
+    a NaN over the end, so payloads of more than the upper half are cut: positive ones as signed integers, which
+    negative numbers are below, then negative ones as unsigned, which positive numbers are below.
+    Arithmetic gives quiet NaNs only, so no payload ends up empty.
     """
-    bits = value.to(tl.uint32, bitcast=True)
-    if not SHORT_NAN:
-        bits = tl.minimum(bits & 0x7FFFFFFF, 0x7FFF0000) | (bits & 0x80000000)
+    bits = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+    bits = tl.minimum(bits, 0xFFFF0000)
     return bits + (0x7FFF + ((bits >> 16) & 1))
 
 
 @triton.jit
-def pack(low, high, dtype: tl.constexpr, ISA: tl.constexpr, SHORT_NAN: tl.constexpr):
-    """Two float32, rounded to a 16-bit dtype, in one word.
-
-    ``SHORT_NAN``: those that are NaN have a payload of 16 bits, because they come from numbers of ``dtype`` alone.
-    """
+def pack(low, high, dtype: tl.constexpr, ISA: tl.constexpr):
+    """Two float32, rounded to a 16-bit dtype, in one word."""
     if ISA == PTX and dtype == tl.bfloat16:
         return packed("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high)
     elif ISA == PTX:
         return packed("cvt.rn.f16x2.f32 $0, $2, $1;", low, high)
     elif dtype == tl.bfloat16 and ISA < ROUNDS_BF16:
         # Left to the compiler, every element is compared with NaN, and the results fill an AMD GPU's scalar registers.
-        upper = _bf16_in_upper_half(high, SHORT_NAN) & 0xFFFF0000
-        return upper | (_bf16_in_upper_half(low, SHORT_NAN) >> 16)
+        upper = _bf16_in_upper_half(high) & 0xFFFF0000
+        return upper | (_bf16_in_upper_half(low) >> 16)
     else:
         return _rounded_bits(low, dtype) | (_rounded_bits(high, dtype) << 16)
 
@@ -104,7 +101,7 @@ def multiply_word(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     elif ISA == PTX:
         return packed("mul.rn.f16x2 $0, $1, $2;", a, b)
     else:
-        return pack(low(a, dtype) * low(b, dtype), high(a, dtype) * high(b, dtype), dtype, ISA, True)
+        return pack(low(a, dtype) * low(b, dtype), high(a, dtype) * high(b, dtype), dtype, ISA)
 
 
 @triton.jit
@@ -115,7 +112,7 @@ def add_word(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
     elif ISA == PTX:
         return packed("add.rn.f16x2 $0, $1, $2;", a, b)
     else:
-        return pack(low(a, dtype) + low(b, dtype), high(a, dtype) + high(b, dtype), dtype, ISA, True)
+        return pack(low(a, dtype) + low(b, dtype), high(a, dtype) + high(b, dtype), dtype, ISA)
 
 
 @triton.jit
@@ -133,13 +130,13 @@ def add(a, b, dtype: tl.constexpr, ISA: tl.constexpr):
 
 
 @triton.jit
-def to_words(e, dtype: tl.constexpr, ISA: tl.constexpr, SHORT_NAN: tl.constexpr):
-    """Eight float32, rounded to a 16-bit dtype, as four words. ``SHORT_NAN`` as in pack."""
+def to_words(e, dtype: tl.constexpr, ISA: tl.constexpr):
+    """Eight float32, rounded to a 16-bit dtype, as four words."""
     return (
-        pack(e[0], e[1], dtype, ISA, SHORT_NAN),
-        pack(e[2], e[3], dtype, ISA, SHORT_NAN),
-        pack(e[4], e[5], dtype, ISA, SHORT_NAN),
-        pack(e[6], e[7], dtype, ISA, SHORT_NAN),
+        pack(e[0], e[1], dtype, ISA),
+        pack(e[2], e[3], dtype, ISA),
+        pack(e[4], e[5], dtype, ISA),
+        pack(e[6], e[7], dtype, ISA),
     )
 
 

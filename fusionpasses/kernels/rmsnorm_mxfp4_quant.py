@@ -210,13 +210,12 @@ def _normalize_and_quantize(
     ROUNDS: tl.constexpr = ROUND_RESULT and dtype != tl.float32
     WORDS: tl.constexpr = ROUNDS and ISA == PTX
     # Rounded before the weight, the rest is arithmetic of x's dtype, two elements at a time.
-    SAME: tl.constexpr = weight is None or weight_dtype == dtype
-    IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and SAME
+    IN_WORDS: tl.constexpr = ROUND_BEFORE_WEIGHT and ROUNDS and (weight is None or weight_dtype == dtype)
     values = ()
     for p in tl.static_range(4):
         e = _pieces.times(_pieces.floats_of(pieces[p], dtype), rstd)
         if ROUND_BEFORE_WEIGHT and dtype != tl.float32:
-            words = _pieces.to_words(e, dtype, ISA, True)
+            words = _pieces.to_words(e, dtype, ISA)
             if not IN_WORDS:
                 e = _pieces.to_floats(words, dtype)
         if weight is not None:
@@ -226,7 +225,7 @@ def _normalize_and_quantize(
                 e = _pieces.multiply(e, _pieces.floats_of(weight[p], weight_dtype))
         if ROUNDS:
             if not IN_WORDS:
-                words = _pieces.to_words(e, dtype, ISA, SAME)
+                words = _pieces.to_words(e, dtype, ISA)
             if not WORDS:
                 e = _pieces.to_floats(words, dtype)
         if row_norm is not None:

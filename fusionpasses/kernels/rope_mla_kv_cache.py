@@ -102,8 +102,7 @@ def _of_floats(e, dtype: tl.constexpr, VECTOR: tl.constexpr, ISA: tl.constexpr):
     elif dtype == tl.float32:
         return e
     else:
-        # Angles of another dtype have NaNs of their own.
-        return _pieces.to_words(e, dtype, ISA, False)
+        return _pieces.to_words(e, dtype, ISA)
 
 
 @triton.jit

@@ -253,9 +253,9 @@ def samples_absorbed(device: torch.device) -> Iterator[Sample]:
 def samples_absorbed_bmm(device: torch.device) -> Iterator[Sample]:
     for (q_pe, *rest), kwargs in samples(device):
         tokens, heads, rope = q_pe.shape
-        # Views of what the projections give, as in a model. Integers, whose products are exact in any order.
-        q = torch.randint(-3, 4, (tokens, heads, 12 + rope), device=device).to(q_pe.dtype)
-        w_uk = torch.randint(-3, 4, (heads, 12 + 16, 16), device=device).to(q_pe.dtype)[:, :12]
+        # Views of what the projections give, as in a model. Small numbers, whose products are exact in any order.
+        q = torch.randint(-3, 3, (tokens, heads, 12 + rope), device=device).to(q_pe.dtype) + 0.5
+        w_uk = torch.randint(-3, 3, (heads, 12 + 16, 16), device=device).to(q_pe.dtype)[:, :12] + 0.5
         yield (q[..., :12].transpose(0, 1), w_uk, q_pe, *rest), kwargs
 
 
