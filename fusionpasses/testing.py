@@ -263,12 +263,16 @@ class _Recorder:
         )
 
         def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            from torch._guards import detect_fake_mode
-            from torch._inductor.compile_fx import _recursive_post_grad_passes
+            from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop
+            from torch._inductor.fx_passes.post_grad import view_to_reshape
             from torch._inductor.virtualized import V
 
             first = len(reports)
-            with V.set_fake_mode(detect_fake_mode(example_inputs)):
+            # What compile_fx does before these passes: they never see a view, and see these fake values.
+            view_to_reshape(gm)
+            with torch.no_grad():
+                fake_mode = fake_tensor_prop(gm, example_inputs)
+            with V.set_fake_mode(fake_mode):
                 _recursive_post_grad_passes(gm, is_inference=bool(kwargs.get("is_inference", False)))
             for key, report in reports[first:]:
                 self.graphs.append(CapturedGraph(before[key], after[key], report))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_fused_rope_mla_kv_cache import EAGER_ROUNDINGS, HEADS, LATENT, ROPE, deepseek, neox
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
+from fusionpasses import fusion_backend
 from fusionpasses.testing import assert_equivalent
 
 BATCH, LENGTH, NOPE, ABSORBED = 2, 3, 12, 16
@@ -319,6 +321,62 @@ def test_sizes_of_a_product_that_goes_are_asked_of_what_stays() -> None:
     (graph,) = result.graphs
     assert [s.op for s in result.report.fused] == ["fused_rope_mla_kv_cache.absorbed_bmm"], graph.report
     assert "aten.bmm" not in graph.report.ops_after, graph.report
+
+
+@pytest.mark.parametrize("case", [by_bmm, by_einsum, by_einsum_in_batches, in_batches])
+def test_generated_code_leaves_the_product_to_the_op(case: Case) -> None:
+    def model(*inputs: Tensor) -> list[Tensor]:
+        *tensors, kv_c, slots, cache = inputs
+        k, outputs = case(*tensors)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, k.reshape(-1, ROPE), cache, slots)
+        return outputs
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=fusion_backend(), fullgraph=True, options=EAGER_ROUNDINGS)
+    inputs, expected = inputs_of(0), inputs_of(0)
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(compiled, *inputs)
+        want = model(*expected)
+    assert code.count("fused_rope_mla_kv_cache.absorbed_bmm(") == 1, code
+    assert "extern_kernels.bmm(" not in code
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(inputs[-1], expected[-1])
+
+
+def test_tokens_reordered_by_a_reshape_that_copies() -> None:
+    """One head: the copy has the strides of the product, and other tokens at each place."""
+
+    def model(q, k, kv_c, cos, sin, weight, slots, cache):
+        product = torch.bmm(q[..., :NOPE].transpose(0, 1), weight)
+        product = product.view(1, BATCH, LENGTH, ABSORBED).transpose(1, 2).reshape(1, TOKENS, ABSORBED).transpose(0, 1)
+        query = torch.cat([product, neox(q[..., NOPE:], cos, sin)], -1)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, neox(k, cos, sin).flatten(0, 1), cache, slots)
+        return query
+
+    q_pe, q_nope, k, cos, sin, weight, kv_c, slots, cache = inputs_of(0)
+    q = torch.cat([q_nope, q_pe], -1)[:, :1].repeat(1, 1, 1)
+    with torch.no_grad():
+        report = assert_equivalent(
+            model, [q, k, kv_c, cos, sin, weight[:1], slots, cache], fullgraph=True, options=EAGER_ROUNDINGS
+        ).report
+    assert all("bmm" not in site.op for site in report.sites()), report
+
+
+def test_a_factor_that_is_a_part_of_the_cache() -> None:
+    """The op may write before it has read everything, so the bmm is left in front of it."""
+
+    def model(q, k, kv_c, cos, sin, slots, cache):
+        weight = cache.view(-1)[: HEADS * NOPE * ABSORBED].view(HEADS, NOPE, ABSORBED)
+        query = torch.cat([absorbed(q[..., :NOPE], weight), neox(q[..., NOPE:], cos, sin)], -1)
+        torch.ops.fusionpasses.concat_and_cache_mla(kv_c, neox(k, cos, sin).flatten(0, 1), cache, slots)
+        return query
+
+    q_pe, q_nope, k, cos, sin, _, kv_c, slots, _ = inputs_of(0)
+    cache = torch.randn(64, 4, LATENT + ROPE).bfloat16()
+    inputs = [torch.cat([q_nope, q_pe], -1), k, kv_c, cos, sin, slots, cache]
+    with torch.no_grad():
+        report = assert_equivalent(model, inputs, fullgraph=True, options=EAGER_ROUNDINGS).report
+    assert [site.op for site in report.fused] == ["fused_rope_mla_kv_cache.absorbed"], report
 
 
 def test_other_readers_of_the_rotated_q_keep_it() -> None:

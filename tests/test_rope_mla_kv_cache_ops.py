@@ -611,6 +611,14 @@ def test_bad_q_nope_is_refused(q_nope, text):
     assert not cache.any()
 
 
+def test_the_product_has_its_factors_dtype_under_autocast():
+    up, w_uk = torch.randn(2, 3, 5), torch.randn(2, 5, 7)
+    args = (ONES(3, 2, 4), ONES(3, 4), ONES(3, 3), torch.zeros(6, 7), ONES(3, 2), ONES(3, 2), torch.tensor([0, 1, 2]))
+    plain = fused.absorbed_bmm(up, w_uk, *args, style="neox", negative_slots="skip")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bytes(fused.absorbed_bmm(up, w_uk, *args, style="neox", negative_slots="skip"), plain)
+
+
 @pytest.mark.parametrize(
     ("up", "w_uk", "text"),
     [

@@ -148,3 +148,16 @@ def test_the_backend_without_parentheses():
         torch.compile(MODEL, backend=fp.fusion_backend)(X, W)
     with pytest.raises(fp.BadConfig, match=r"mode and options go to torch.compile"):
         fp.fusion_backend(mode="reduce-overhead")
+
+
+def test_graphs_are_those_that_a_compile_gives_the_passes():
+    """Inductor has turned views into reshapes by then, and computed fake values anew, which alias where views do."""
+
+    def model(x):
+        return (x @ x).view(2, 8).transpose(0, 1) * 2
+
+    (graph,) = capture(model, (torch.randn(4, 4),)).graphs
+    nodes = {node.target: node for node in graph.before.graph.nodes}
+    assert torch.ops.aten.view.default not in nodes
+    reshaped, product = (nodes[op].meta["val"] for op in (torch.ops.aten.reshape.default, torch.ops.aten.mm.default))
+    assert reshaped.untyped_storage()._cdata == product.untyped_storage()._cdata

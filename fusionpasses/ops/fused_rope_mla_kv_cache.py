@@ -150,7 +150,10 @@ def reference_absorbed(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def reference_absorbed_bmm_with_k(q_nope: Tensor, w_uk: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return reference_absorbed_with_k(torch.bmm(q_nope, w_uk).transpose(0, 1), *args, **kwargs)
+    # The dtype is q_nope's, whatever autocast would have.
+    with torch.autocast(q_nope.device.type, enabled=False):
+        product = torch.bmm(q_nope, w_uk)
+    return reference_absorbed_with_k(product.transpose(0, 1), *args, **kwargs)
 
 
 def reference_absorbed_bmm(*args: Any, **kwargs: Any) -> Tensor:

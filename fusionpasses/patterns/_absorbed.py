@@ -15,20 +15,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusionpasses.patterns._graph import is_contiguous, same_shape, tensor_of
+from fusionpasses.patterns._graph import is_contiguous, same_shape, storage_of, tensor_of
 from fusionpasses.patterns._rope import Rope
 from fusionpasses.patterns._rope_edit import tokens_first, who_knows
 from fusionpasses.patterns._rope_parts import VIEWS
 
 aten = torch.ops.aten
-#: Those that never copy.
-_PURE_VIEWS = (
-    aten.view.default,
-    aten.permute.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
 _REGROUP = (*VIEWS, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 
 
@@ -49,6 +41,11 @@ class Absorbed:
     order: list[int]
     nodes: list[fx.Node]
     product: list[fx.Node]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What the op reads for it."""
+        return self.product[-1].all_input_nodes if self.product else [self.q_nope]
 
     def know_sizes(self, rope: Rope) -> list[fx.Node]:
         """Tensors and sizes that stay when the product's nodes go."""
@@ -113,16 +110,16 @@ def _of_cat(
 def _product(q_nope: fx.Node, order: list[int]) -> list[fx.Node]:
     """The views from a bmm over heads to q_nope, and the bmm; nothing if something else reads it.
 
-    A bmm's result is contiguous. So strides tell which element is where in its views: q_nope is the transposed product
-    if its tokens, in order, and its heads are as far apart as the product's.
+    A bmm's result is contiguous. So strides tell which element is where in its views (a reshape is one if it shares the
+    storage): q_nope is the transposed product if its tokens, in order, and its heads are as far apart as the product's.
     """
     nodes = [q_nope]
-    while nodes[-1].target in _PURE_VIEWS and isinstance(nodes[-1].args[0], fx.Node):
+    while nodes[-1].target in (*_REGROUP, aten.permute.default) and isinstance(nodes[-1].args[0], fx.Node):
         nodes.append(nodes[-1].args[0])
     product, value = tensor_of(nodes[-1]), tensor_of(q_nope)
     if nodes[-1].target is not aten.bmm.default or nodes[-1].kwargs or any(len(n.users) != 1 for n in nodes):
         return []
-    if product is None or value is None or not is_contiguous(product):
+    if product is None or value is None or not is_contiguous(product) or storage_of(value) != storage_of(product):
         return []
     *tokens, heads, last = zip(value.permute(order).shape, value.permute(order).stride(), strict=True)
     strides = [(heads, product.stride(0)), (last, product.stride(2))]

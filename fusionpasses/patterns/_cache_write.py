@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
-from fusionpasses.patterns._graph import bound_arguments, same_shape, tensor_of
+from fusionpasses.patterns._graph import bound_arguments, same_shape, storage_of, tensor_of
 
 aten = torch.ops.aten
 
@@ -210,7 +210,7 @@ def _fake_part(whole: torch.Tensor, views: list[_Step]) -> torch.Tensor | None:
         for target, args, kwargs in views:
             args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
             part = target(part, *args, **kwargs)
-    return part if part.untyped_storage()._cdata == whole.untyped_storage()._cdata else None
+    return part if storage_of(part) == storage_of(whole) else None
 
 
 def _comes_from(node: fx.Node, tensor: fx.Node) -> bool:

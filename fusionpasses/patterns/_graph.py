@@ -28,6 +28,11 @@ def tensor_of(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def storage_of(tensor: torch.Tensor) -> object:
+    """The same for a fake tensor and its views."""
+    return tensor.untyped_storage()._cdata
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Are two shapes known to be equal, symbols included?"""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))

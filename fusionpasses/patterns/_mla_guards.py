@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusionpasses.ops import _kv_cache
 from fusionpasses.patterns import _cache_write, _rope
 from fusionpasses.patterns._absorbed import Absorbed
-from fusionpasses.patterns._graph import is_contiguous, mutating_nodes, same_shape, tensor_of
+from fusionpasses.patterns._graph import is_contiguous, mutating_nodes, same_shape, storage_of, tensor_of
 from fusionpasses.patterns._mla_write import Write
 from fusionpasses.patterns._pass import Guard
 from fusionpasses.patterns._rope import Rope
@@ -52,7 +52,7 @@ class Candidate:
         if self.q is not None:
             nodes += [self.q.x, self.q.cos.base, self.q.sin.base]
         if self.absorbed is not None:
-            nodes.append(self.absorbed.q_nope)
+            nodes += self.absorbed.inputs
         nodes += [value for value in (self.write.slots, *self.write.options.values()) if isinstance(value, fx.Node)]
         return [*nodes, *self.bases]
 
@@ -97,8 +97,11 @@ def look_around(graph: fx.Graph, candidates: Sequence[Candidate]) -> None:
         matched = [*c.k.nodes, *c.write.nodes, *(c.q.nodes if c.q else []), *(c.absorbed.nodes if c.absorbed else [])]
         first, last = min(matched), max(matched)
         c.mutator = next((node for node in mutators if first < node < last), None)
-        if c.absorbed is not None and any(n < node < last for n in c.absorbed.product[-1:] for node in mutators):
-            c.absorbed.product = []  # the product is of what its factors were before
+        if c.absorbed is not None and c.absorbed.product:
+            # The product is of what its factors were before.
+            changed = any(c.absorbed.product[-1] < node < last for node in mutators)
+            if changed or {_storage(node) for node in c.absorbed.inputs} & {_storage(node) for node in c.bases}:
+                c.absorbed.product = []
         c.in_circle = i in waiting
         c.reader = _reader(c, computed_from, 1 << i)
 
@@ -277,7 +280,7 @@ def _check_overlap(c: Candidate) -> str | None:
 
 def _storage(node: fx.Node) -> Any:
     value = tensor_of(node)
-    return None if value is None else value.untyped_storage()._cdata
+    return None if value is None else storage_of(value)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> bool:

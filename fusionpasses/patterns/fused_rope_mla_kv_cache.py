@@ -172,7 +172,7 @@ class RopeMlaKvCache(FusionPass):
             raise RuntimeError(f"{self.name}: a site that was refused was to be rewritten")
         graph = q_rope.root.graph
         matched = [*q_rope.nodes, *k_rope.nodes, *c.write.path, *c.write.nodes]
-        matched += c.absorbed.nodes if c.absorbed else []
+        matched += [*c.absorbed.nodes, *c.absorbed.product] if c.absorbed else []
         tables = gathered(q_rope, k_rope, head)
         if self.keep_subgraphs:
             site.matched = _text(matched)
@@ -205,7 +205,6 @@ class RopeMlaKvCache(FusionPass):
                 matched += tables.nodes
             if c.absorbed is not None and c.absorbed.product:
                 kwargs["q_nope"], kwargs["w_uk"] = c.absorbed.product[-1].args
-                matched += c.absorbed.product
             elif c.absorbed is not None:
                 width = edit.size(c.absorbed.q_nope, -1)
                 kwargs["q_nope"] = edit.reshape(edit.permute(c.absorbed.q_nope, c.absorbed.order), [*rows, width])
