@@ -11,13 +11,14 @@ several, the k-th launch of that name gets the class of the k-th launch, provide
 
 Computed: after Inductor has fused, every node of its schedule is a kernel or an operator it calls. Inductor's own count
 is taken (each buffer that is read or written, once, and no more of it than is accessed); inputs and outputs for our
-ops.
+ops. Weight and product of a bmm that an op of ours makes count as attention's, as those of any bmm.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,9 @@ class BytesMoved:
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         for node in nodes:
-            self.bytes[_class_of_node(node)] += int(node.get_read_write_buffers_sizes())
+            moved, of_bmm = int(node.get_read_write_buffers_sizes()), _bytes_of_bmm(node)
+            self.bytes[_class_of_node(node)] += moved - of_bmm
+            self.bytes[ATTENTION] += of_bmm
         return nodes
 
 
@@ -119,9 +122,23 @@ def _class_of_op(name: str) -> str | None:
     return ATTENTION if name.startswith(_ATTENTION_OPS) else None
 
 
-def _class_of_node(node: Any) -> str:
+def _names_of_node(node: Any) -> str:
     inner = getattr(node, "node", None)
-    names = f"{getattr(inner, 'op_overload', '')} {getattr(inner, 'python_kernel_name', '')}".removesuffix(".default")
+    return f"{getattr(inner, 'op_overload', '')} {getattr(inner, 'python_kernel_name', '')}".removesuffix(".default")
+
+
+def _bytes_of_bmm(node: Any) -> int:
+    """The weight and the product of a bmm that is part of an op of ours; its other factor is read for the rest, too."""
+    if ".absorbed_bmm" not in _names_of_node(node):
+        return 0
+    q_nope, w_uk = (tensor.get_size() for tensor in node.node.inputs[:2])
+    heads, tokens, _ = (int(size) for size in q_nope)
+    numbers = math.prod(int(size) for size in w_uk) + heads * tokens * int(w_uk[2])
+    return numbers * int(node.node.inputs[1].get_dtype().itemsize)
+
+
+def _class_of_node(node: Any) -> str:
+    names = _names_of_node(node)
     for kind, parts in ((GEMM, _GEMM_NODES), (ATTENTION, _ATTENTION_NODES)):
         if any(part in names for part in parts):
             return kind

@@ -295,6 +295,23 @@ def test_the_second_call_is_replayed(full_calls: list[str], name: str, guard: An
         assert one.data_ptr() != two.data_ptr()
 
 
+@pytest.mark.parametrize("name", [name for name in CACHE_WRITES if "bmm" in name])
+def test_a_replayed_call_multiplies_what_it_is_given(full_calls: list[str], recorder: Recorder, name: str) -> None:
+    args, kwargs = next(iter(OPS[name].samples(torch.device("cpu"))))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for factor in args[:2]:
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+        recorder.launches.clear()
+        with torch.no_grad():
+            q, *_ = as_tuple(OPS[name].overload(*args, **kwargs))
+        product = torch.bmm(*args[:2]).transpose(0, 1)
+        assert torch.equal(q[..., : product.shape[-1]], product)
+        (launched,) = recorder.launches
+        assert any(value is q for value in launched.args)
+    assert full_calls == [name]
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -404,7 +404,7 @@ ILLEGAL = {
     _activation: (NOTHING, "aten.relu.default stands between the norm"),
     _sliced: (NOTHING, "aten.slice.Tensor stands between the norm"),
     _transposed: (NOTHING, "aten.permute.default stands between the norm"),
-    _regrouped_rows: (NOTHING, "aten.view.default stands between the norm"),
+    _regrouped_rows: (NOTHING, "aten.reshape.default stands between the norm"),
     _layer_norm: (NOTHING, "layer norm"),
     _no_norm: (NOTHING, "not from a norm"),
     _softmax: (NOTHING, "not from a norm"),

@@ -224,7 +224,7 @@ def test_two_sums_whose_weights_depend_on_each_other():
 @pytest.mark.parametrize(
     ("between", "words"),
     [
-        (lambda s: s.view(-1, 64), "aten.view.default stands between it and the norm"),
+        (lambda s: s.view(-1, 64), "aten.reshape.default stands between it and the norm"),
         (lambda s: s.transpose(0, 1), "aten.permute.default stands between it and the norm"),
     ],
 )
