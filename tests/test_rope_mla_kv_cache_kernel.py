@@ -64,12 +64,14 @@ class Draw:
         return x
 
     def cache(self, slots: int, width: int, block: int | None, dtype: torch.dtype) -> Tensor:
-        kind = self.rng.choice(("whole", "layer", "stacked behind", "wide"))
+        kind = self.rng.choice(("whole", "layer", "stacked behind", "wide", "blocks apart"))
         shape = (slots, width) if block is None else (slots // block, block, width)
         if kind == "layer":
             return self._cache(3, *shape, dtype=dtype)[1]
         if kind == "stacked behind":
             return self._cache(*shape[:-1], 2, width, dtype=dtype)[..., 1, :]
+        if kind == "blocks apart":
+            return self._cache(*shape[:-2], 2, *shape[-2:], dtype=dtype)[..., 1, :, :]
         if kind == "wide":
             return self._cache(*shape[:-1], width + 8, dtype=dtype)[..., 8:]
         return self._cache(*shape, dtype=dtype)
