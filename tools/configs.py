@@ -285,12 +285,13 @@ def _cache_config(row: dict[str, Any]) -> CacheConfig:
 
 
 def every_cache_write() -> list[CacheConfig]:
-    """On each target, all that is free meets, and each choice of the heuristics is among it."""
+    """On each target, all that is free meets, and each choice of the heuristics is among it; and the subset of CI."""
     rows = covering({factor: values for factor, values in CACHE_FACTORS.items() if factor != "target"})
     configs = [_cache_config({"target": target, **row}) for target in TARGETS for row in rows]
     # Copies of q_nope and of kv_c for a thread, where the amounts above have no tile of pieces with both.
     amounts = ((500, 1), (300, 4), (500, 10), (1024, 16), (250, 128))
-    return configs + [CacheConfig(target, "absorbed", "bf16", *amount) for target in TARGETS for amount in amounts]
+    configs += [CacheConfig(target, "absorbed", "bf16", *amount) for target in TARGETS for amount in amounts]
+    return [*dict.fromkeys(configs + [c for c in pairwise() if isinstance(c, CacheConfig)])]
 
 
 def every(launches: Launches) -> list[AnyConfig]:

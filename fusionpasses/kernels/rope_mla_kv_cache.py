@@ -176,15 +176,13 @@ def _store_in_cache(
         if VECTOR == 1:
             tl.store(row + column, _fp8_byte(e[0], scale, SCALING).to(tl.uint8), mask=mask)
         else:
-            words = ()
-            for i in tl.static_range(2):
-                word = _fp8_byte(e[4 * i], scale, SCALING)
-                for j in tl.static_range(1, 4):
-                    word |= _fp8_byte(e[4 * i + j], scale, SCALING) << (8 * j)
-                words = words + (word,)
-            at = row.to(tl.pointer_type(tl.uint32)) + column // 4
-            pair = tl.join(words[0], words[1])
-            tl.store(at[:, :, None] + tl.arange(0, 2)[None, None, :], pair, mask=mask[:, :, None])
+            # Four halves of words, not two words: Triton gives a thread as many elements of a load as of a store of the
+            # same shape. Loads of rows off alignment would else be cut among threads and gathered in shared memory.
+            halves = ()
+            for i in tl.static_range(4):
+                half = _fp8_byte(e[2 * i], scale, SCALING) | (_fp8_byte(e[2 * i + 1], scale, SCALING) << 8)
+                halves = halves + (half.to(tl.uint16),)
+            _pieces.store4(row.to(tl.pointer_type(tl.uint16)) + column // 2, halves, mask, True)
 
 
 # ---- rotation
