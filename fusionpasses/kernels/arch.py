@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-#: Instructions that the kernels have a form of their own for. Whoever has one has those before it.
-#: Nothing that counts.
+# Instructions that the kernels have a form of their own for; a GPU that has one has those before it.
+#: None of them.
 PLAIN = 0
 #: One for a maximum that keeps NaN. Without it, and a comparison for each, the maximum is one of integers.
 NAN_MAXIMUM = 1
