@@ -121,7 +121,8 @@ def _product(q_nope: fx.Node, order: list[int]) -> list[fx.Node]:
         return []
     if product is None or value is None or not is_contiguous(product) or storage_of(value) != storage_of(product):
         return []
-    *tokens, heads, last = zip(value.permute(order).shape, value.permute(order).stride(), strict=True)
+    value = value.permute(order)
+    *tokens, heads, last = zip(value.shape, value.stride(), strict=True)
     strides = [(heads, product.stride(0)), (last, product.stride(2))]
     apart = product.stride(1)
     for axis in reversed(tokens):
