@@ -181,18 +181,23 @@ def check_random() -> None:
         check(name, args, kwargs, about)
 
 
-def check_joined() -> None:
-    """As with many tokens: q's programs copy q_nope, with fewer copies than it takes for each unit, or more."""
+def check_joined(device: str = "cpu") -> None:
+    """As with many tokens: q's programs copy q_nope, with as many copies as it takes for each unit, or more.
+
+    Heads of one to three tokens are taken in turn, of which the last may not exist.
+    """
     from fusionpasses.kernels import rope_mla_kv_cache as kernel
+    from fusionpasses.providers import _launch
 
     choose = kernel.launch_options
     with pytest.MonkeyPatch.context() as patch:
         for seed in range(40):
-            draw = Draw(seed, "cpu")
+            _launch.forget()
+            draw = Draw(seed, device, large=device != "cpu")
             copies = -(-2 * draw.nope // draw.rope) + seed % 2
-            joined = {"JOINED": True, "COPIES": copies}
+            joined = {"JOINED": True, "COPIES": copies, "TOGETHER": 1 + seed % 3}
             patch.setattr(kernel, "launch_options", lambda *args, joined=joined: choose(*args) | joined)
-            name = f"fused_rope_mla_kv_cache.absorbed{'_with_k' * (seed % 3 == 0)}"
+            name = f"fused_rope_mla_kv_cache.absorbed{'_with_k' * (seed % 4 == 0)}"
             check(name, *draw.call(name), f"seed {seed}")
 
 
@@ -242,6 +247,11 @@ def test_gpu_bytes(part: int) -> None:
     for i, (name, args, kwargs, about) in enumerate(calls(240, "cuda", large=True)):
         if i % 4 == part:
             check(name, args, kwargs, about)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_gpu_joined(device: str) -> None:
+    check_joined(device)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in NAMES])

@@ -33,6 +33,10 @@ from fusionpasses.kernels import _pieces
 from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
 
+#: Tokens whose rows of q are taken head by head where q_nope is copied with them. With two, what one warp reads of a
+#: q_nope that is laid out by heads is twice as long, and what it writes still lies side by side.
+TOGETHER = 2
+
 
 def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``nope`` is 0 if there is no q_nope.
@@ -43,7 +47,7 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
     # Many rows of q are written faster as wholes; with fewer, what can run at once should.
     joined = vector > 1 and nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
     if joined:
-        warps, copies, row_copies = 1, pieces_for_each_unit, 8
+        warps, copies, row_copies = 1, pieces_for_each_unit, 16
     else:
         warps, row_copies = 4, 4 if tokens >= 256 else 1
         # Several loads at once in a thread, as soon as there are programs enough to fill the GPU.
@@ -54,6 +58,7 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
         "COPIES": copies,
         "ROW_COPIES": row_copies,
         "JOINED": joined,
+        "TOGETHER": TOGETHER if joined else 1,
         "num_warps": warps,
         # Whether it is on otherwise depends on the Triton version.
         "enable_fp_fusion": False,
@@ -335,15 +340,26 @@ def _place(slot, block_stride, slot_stride, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _units(program, tokens, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, LANES: tl.constexpr):
-    """Token, head, unit within it and whether it exists, for each lane of a tile of a flat range."""
+def _units(
+    program,
+    tokens,
+    HEADS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Token, head, unit within it and whether it exists, for each lane of a tile of a flat range.
+
+    In the range a head of ``TOGETHER`` tokens is followed by the next head of these tokens.
+    """
     # 64 bits for what all lanes share; divisions of what is theirs in 32.
+    ROWS: tl.constexpr = HEADS * TOGETHER
     start = program.to(tl.int64) * LANES
     lane = tl.arange(0, LANES)[None, :]
-    at = (start % (HEADS * PER_HEAD)).to(tl.int32) + lane
+    at = (start % (ROWS * PER_HEAD)).to(tl.int32) + lane
     row = at // PER_HEAD
-    token = start // (HEADS * PER_HEAD) + row // HEADS
-    return token, row % HEADS, at % PER_HEAD, token < tokens
+    token = (start // (ROWS * PER_HEAD) + row // ROWS) * TOGETHER + row % TOGETHER
+    return token, row % ROWS // TOGETHER, at % PER_HEAD, token < tokens
 
 
 @triton.jit
@@ -355,6 +371,7 @@ def _load_copied(
     head_stride,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
     COPIES: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
@@ -362,7 +379,7 @@ def _load_copied(
     """``COPIES`` pieces for each lane, from a tile on."""
     pieces = ()
     for i in tl.static_range(COPIES):
-        token, head, unit, exists = _units(tile + i, tokens, HEADS, WIDTH // VECTOR, LANES)
+        token, head, unit, exists = _units(tile + i, tokens, HEADS, WIDTH // VECTOR, TOGETHER, LANES)
         row = base + token * token_stride + head.to(tl.int64) * head_stride
         pieces = pieces + (_load(row, unit * VECTOR, exists, VECTOR),)
     return pieces
@@ -377,12 +394,13 @@ def _store_copied(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     COPIES: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
 ):
     for i in tl.static_range(COPIES):
-        token, head, unit, exists = _units(tile + i, tokens, HEADS, WIDTH // VECTOR, LANES)
+        token, head, unit, exists = _units(tile + i, tokens, HEADS, WIDTH // VECTOR, TOGETHER, LANES)
         _store(base + (token * (HEADS * STRIDE) + head * STRIDE), unit * VECTOR, pieces[i], exists, VECTOR)
 
 
@@ -434,6 +452,7 @@ def rope_mla_kv_cache(
     COPIES: tl.constexpr,  # pieces of q_nope for a thread
     ROW_COPIES: tl.constexpr,  # pieces of kv_c for a thread
     JOINED: tl.constexpr,  # who rotates heads of q copies their q_nope, too
+    TOGETHER: tl.constexpr,  # tokens whose heads are taken in turn, in q's range and the copy's
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = k_pe_ptr.dtype.element_ty
@@ -454,7 +473,7 @@ def rope_mla_kv_cache(
     program = tl.program_id(0)
 
     if program < k_programs:
-        token, _, unit, exists = _units(program, tokens, 1, Q_UNITS, LANES)
+        token, _, unit, exists = _units(program, tokens, 1, Q_UNITS, 1, LANES)
         slot, written = _slot(slots_ptr, token, exists, capacity, NEGATIVE_SLOTS, False)
         source = k_pe_ptr + token * k_pe_token_stride
         if q_pe_ptr is None:
@@ -492,10 +511,10 @@ def rope_mla_kv_cache(
         tile = (program - k_programs) * ROW_COPIES
         pieces = ()
         for i in tl.static_range(ROW_COPIES):
-            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, LANES)
+            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, 1, LANES)
             pieces = pieces + (_load(kv_c_ptr + token * kv_c_token_stride, unit * VECTOR, exists, VECTOR),)
         for i in tl.static_range(ROW_COPIES):
-            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, LANES)
+            token, _, unit, exists = _units(tile + i, tokens, 1, LATENT // VECTOR, 1, LANES)
             slot, written = _slot(slots_ptr, token, exists, capacity, NEGATIVE_SLOTS, True)
             row = cache_ptr + _place(slot, cache_block_stride, cache_slot_stride, PAGE)
             _store_in_cache(row, unit * VECTOR, pieces[i], written, scale, dtype, SCALING, VECTOR)
@@ -511,11 +530,12 @@ def rope_mla_kv_cache(
                     nope_head_stride,
                     HEADS,
                     NOPE,
+                    TOGETHER,
                     COPIES,
                     VECTOR,
                     LANES,
                 )
-            token, head, unit, exists = _units(program - row_programs, tokens, HEADS, Q_UNITS, LANES)
+            token, head, unit, exists = _units(program - row_programs, tokens, HEADS, Q_UNITS, TOGETHER, LANES)
             angle_row = _angle_row(positions_ptr, token, exists, table_rows, False)
             p, q, p_at, q_at = _rotated_unit(
                 q_pe_ptr + token * q_pe_token_stride + head.to(tl.int64) * q_pe_head_stride,
@@ -537,11 +557,21 @@ def rope_mla_kv_cache(
             _store(q_row, p_at, p, exists, VECTOR)
             _store(q_row, q_at, q, exists, VECTOR)
             if JOINED:
-                _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)
+                _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, TOGETHER, COPIES, VECTOR, LANES)
     else:
         if nope_ptr is not None and not JOINED:
             nope_tile = (program - q_programs) * COPIES
             nope = _load_copied(
-                nope_ptr, nope_tile, tokens, nope_token_stride, nope_head_stride, HEADS, NOPE, COPIES, VECTOR, LANES
+                nope_ptr,
+                nope_tile,
+                tokens,
+                nope_token_stride,
+                nope_head_stride,
+                HEADS,
+                NOPE,
+                TOGETHER,
+                COPIES,
+                VECTOR,
+                LANES,
             )
-            _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, COPIES, VECTOR, LANES)
+            _store_copied(q_ptr, nope, nope_tile, tokens, HEADS, NOPE, NOPE + ROPE, TOGETHER, COPIES, VECTOR, LANES)

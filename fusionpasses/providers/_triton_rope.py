@@ -151,10 +151,12 @@ def _launch_rope(
     gpu = arch.of(k_pe.device)
     options: dict[str, Any] = kernel.launch_options(tokens, heads, copied_nope, rope, vector, gpu)
     lanes = options["LANES"]
-    turned, copied = tokens * rope // (2 * vector), 0 if options["JOINED"] else tokens * heads * copied_nope // vector
-    k_programs = -(-turned // lanes)
+    # Rows of q, with those that are left out of the last tokens taken together.
+    q_rows = 0 if q_pe is None else -(-tokens // options["TOGETHER"]) * options["TOGETHER"] * heads
+    copied = 0 if options["JOINED"] else q_rows * copied_nope // vector
+    k_programs = -(-tokens * rope // (2 * vector * lanes))
     row_programs = k_programs - (-tokens * (latent // vector) // (lanes * options["ROW_COPIES"]))
-    q_programs = row_programs - (0 if q_pe is None else -turned * heads // lanes)
+    q_programs = row_programs - (-q_rows * rope // (2 * vector * lanes))
     programs = q_programs - (-copied // (lanes * options["COPIES"]))
     with _launch.on_device_of(k_pe):
         _launch.launch(
