@@ -47,7 +47,8 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
     # Many rows of q are written faster as wholes; with fewer, what can run at once should.
     joined = vector > 1 and nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
     if joined:
-        warps, copies, row_copies = 1, pieces_for_each_unit, 16
+        # With 64 threads in a warp, sixteen would not fit their registers.
+        warps, copies, row_copies = 1, pieces_for_each_unit, 512 // arch.warp_size
     else:
         warps, row_copies = 4, 4 if tokens >= 256 else 1
         # Several loads at once in a thread, as soon as there are programs enough to fill the GPU.
