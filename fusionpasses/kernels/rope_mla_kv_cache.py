@@ -33,10 +33,6 @@ from fusionpasses.kernels import _pieces
 from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
 
-#: Tokens whose rows of q are taken head by head where q_nope is copied with them. With two, what one warp reads of a
-#: q_nope that is laid out by heads is twice as long, and what it writes still lies side by side.
-TOGETHER = 2
-
 
 def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``nope`` is 0 if there is no q_nope.
@@ -44,10 +40,12 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
     Measured on an H200 with a latent of 512 and a rope of 64, 16 and 128 heads, 1 to 8192 tokens, in CUDA graphs.
     """
     pieces_for_each_unit = -(-2 * nope // rope)
-    # Many rows of q are written faster as wholes; with fewer, what can run at once should.
+    # Many rows of q are written faster as wholes; with fewer, what can run at once should. Then heads of two tokens are
+    # taken in turn: what a warp reads of a q_nope laid out by heads is twice as long, and what it writes still lies
+    # side by side.
     joined = vector > 1 and nope > 0 and tokens * heads >= 131072 and pieces_for_each_unit <= 16
     if joined:
-        # With 64 threads in a warp, sixteen would not fit their registers.
+        # With 64 threads in a warp, sixteen would not fit their registers, nor would two tokens at once.
         warps, copies, row_copies = 1, pieces_for_each_unit, 512 // arch.warp_size
     else:
         warps, row_copies = 4, 4 if tokens >= 256 else 1
@@ -59,7 +57,7 @@ def launch_options(tokens: int, heads: int, nope: int, rope: int, vector: int, a
         "COPIES": copies,
         "ROW_COPIES": row_copies,
         "JOINED": joined,
-        "TOGETHER": TOGETHER if joined else 1,
+        "TOGETHER": 2 if joined and arch.warp_size == 32 else 1,
         "num_warps": warps,
         # Whether it is on otherwise depends on the Triton version.
         "enable_fp_fusion": False,
