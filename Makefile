@@ -21,7 +21,7 @@ $(VENV)/.demo: $(INPUTS)
 	@touch $@
 
 $(VENV)/.ready: $(INPUTS)
-	@$(SETUP) torch transformers depyf hypothesis mypy numpy pytest ruff xdist
+	@$(SETUP) torch transformers compressed_tensors depyf hypothesis mypy numpy pytest ruff xdist
 	@touch $@
 
 demo: $(VENV)/.demo  ## the main job on a tiny DeepSeek-V3: what fused, what did not and why, and the proof

@@ -93,10 +93,10 @@ def bare_launch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     def record(kernel: Any, grid: tuple[int, ...], *values: Any, mutates: Any = (), **constants: Any) -> None:
         launches.append(lambda: kernel[grid](*values, **constants))
 
-    def record_first(call: Callable[..., None], *tensors: torch.Tensor) -> None:
+    def record_torch_call(call: Callable[..., None], *tensors: torch.Tensor) -> None:
         launches.append(lambda: call(*tensors))
 
-    with mock.patch.object(_launch, "launch", record), mock.patch.object(_launch, "first", record_first):
+    with mock.patch.object(_launch, "launch", record), mock.patch.object(_launch, "torch_call", record_torch_call):
         ADAPTERS[name](*args, **kwargs)
 
     def bare() -> None:

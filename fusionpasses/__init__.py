@@ -16,6 +16,7 @@ from fusionpasses.backend import FusionBackend as FusionBackend
 from fusionpasses.backend import fusion_backend as fusion_backend
 from fusionpasses.backend import last_report as last_report
 from fusionpasses.config import FusionConfig as FusionConfig
+from fusionpasses.errors import BadCheckpoint as BadCheckpoint
 from fusionpasses.errors import BadConfig as BadConfig
 from fusionpasses.errors import FusionError as FusionError
 from fusionpasses.errors import NotEquivalent as NotEquivalent
@@ -24,7 +25,10 @@ from fusionpasses.errors import ProviderUnavailable as ProviderUnavailable
 from fusionpasses.errors import UnsupportedInput as UnsupportedInput
 from fusionpasses.nn import Mxfp4Linear as Mxfp4Linear
 from fusionpasses.nn import last_quantization as last_quantization
+from fusionpasses.nn import load_checkpoint as load_checkpoint
+from fusionpasses.nn import open_checkpoint as open_checkpoint
 from fusionpasses.nn import quantize_mxfp4 as quantize_mxfp4
+from fusionpasses.nn import save_checkpoint as save_checkpoint
 from fusionpasses.report import GraphReport as GraphReport
 from fusionpasses.report import Report as Report
 from fusionpasses.report import Site as Site

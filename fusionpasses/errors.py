@@ -22,6 +22,10 @@ class BadConfig(FusionError):
     """A setting of the backend, or a registration, that cannot be honoured. Raised before compilation."""
 
 
+class BadCheckpoint(FusionError):
+    """A checkpoint that does not hold what its format, or the model, asks for. The model was not changed."""
+
+
 class OpCountMismatch(FusionError, AssertionError):
     """The compiled graphs do not hold the number of ops a test asked for."""
 

@@ -9,7 +9,8 @@ Two calls are equal if their tensors agree in dtype, device, shape, strides and 
 arguments agree in value. Triton specialises a kernel by nothing else on NVIDIA GPUs, and the providers look at nothing
 else. For AMD's, Triton also looks at the size of the storage; there every call is done in full.
 
-What an adapter has torch do before its launch, such as a matrix product, is part of the plan.
+Several launches, what an adapter has torch do among them, such as a matrix product, and memory that it needs in between
+are part of the plan.
 
 A plan is per number of rows. Rows that vary from step to step cost one full call for each new number and op, not one
 for each layer, because layers make equal calls.
@@ -50,13 +51,20 @@ _UNUSABLE = object()
 _every_plans: list[dict[tuple[Any, ...], _Plan]] = []
 
 
-class _First(NamedTuple):
+class _TorchCall(NamedTuple):
     call: Callable[..., None]
     tensors: tuple[Tensor, ...]
 
 
+class _Steps(NamedTuple):
+    """What a call of an op did, in order, and the memory it took for itself."""
+
+    steps: list[_TorchCall | _Launch]
+    scratch: list[Tensor]
+
+
 class _Recording(threading.local):
-    steps: list[_First | _Launch] | None = None
+    current: _Steps | None = None
 
 
 _recording = _Recording()
@@ -65,21 +73,30 @@ _recording = _Recording()
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, mutates: tuple[Tensor, ...] = (), **constants: Any) -> None:
     """``kernel[grid](*args, **constants)``, and a promise: an equal call of the op may be replayed as this launch.
 
-    That is, the adapter has allocated its outputs and does nothing else, except to copy an input that it launches the
-    copy of; such a call is not replayed. ``mutates`` are the inputs that the kernel writes to: autograd is told.
+    That is, the adapter has allocated its outputs and does nothing else but launches, torch calls and scratch of this
+    module, except to copy an input that it launches the copy of; such a call is not replayed. ``mutates`` are the
+    inputs that the kernel writes to: autograd is told.
     """
     compiled = kernel[grid](*args, **constants)
     if mutates:
         torch.autograd.graph.increment_version(mutates)
-    if _recording.steps is not None:
-        _recording.steps.append(_Launch(kernel, compiled, grid, args, mutates, constants))
+    if _recording.current is not None:
+        _recording.current.steps.append(_Launch(kernel, compiled, grid, args, mutates, constants))
 
 
-def first(call: Callable[..., None], *tensors: Tensor) -> None:
-    """``call(*tensors)`` before the launch, and the promise that launch makes. It writes to outputs alone."""
+def torch_call(call: Callable[..., None], *tensors: Tensor) -> None:
+    """``call(*tensors)``, and the promise that launch makes. It writes to outputs and scratch alone."""
     call(*tensors)
-    if _recording.steps is not None:
-        _recording.steps.append(_First(call, tensors))
+    if _recording.current is not None:
+        _recording.current.steps.append(_TorchCall(call, tensors))
+
+
+def scratch(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on the device of ``like`` that launches and torch calls of this call use, and nothing else."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if _recording.current is not None:
+        _recording.current.scratch.append(tensor)
+    return tensor
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -102,15 +119,14 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
             outputs = plan(values)
             if outputs is not _UNUSABLE:
                 return outputs
-        steps: list[_First | _Launch] = []
-        outer, _recording.steps = _recording.steps, steps
+        recorded = _Steps([], [])
+        outer, _recording.current = _recording.current, recorded
         try:
             outputs = call(*args, **kwargs)
         finally:
-            _recording.steps = outer
-        before = [step for step in steps[:-1] if isinstance(step, _First)]
-        if steps and isinstance(steps[-1], _Launch) and len(before) == len(steps) - 1:
-            plan = _plan(before, steps[-1], values, outputs)
+            _recording.current = outer
+        if any(isinstance(step, _Launch) for step in recorded.steps):
+            plan = _plan(recorded, values, outputs)
             if plan is not None:
                 if len(plans) >= MAX_PLANS:
                     plans.clear()
@@ -143,54 +159,86 @@ def call_key(values: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Any, ..
     )
 
 
-def _plan(before: list[_First], launched: _Launch, values: tuple[Any, ...], outputs: Any) -> _Plan | None:
-    """The plan of a call that made this launch, or None if replaying that would not be the same."""
-    from triton.compiler import CompiledKernel
-    from triton.runtime import JITFunction
-
-    kernel, compiled, grid, args, mutates, constants = launched
+def _plan(recorded: _Steps, values: tuple[Any, ...], outputs: Any) -> _Plan | None:
+    """The plan of a call that did these steps, or None if replaying them would not be the same."""
     inputs = [value for value in values if isinstance(value, Tensor)]
-    made = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+    returned = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+    made = (*returned, *recorded.scratch)
     device = inputs[0].device
     if (
         torch.version.hip is not None
-        or not isinstance(kernel, JITFunction)
-        or not isinstance(compiled, CompiledKernel)  # interpreted, or still compiling
         # Which of the two would a later call mean?
         or len(set(map(id, inputs))) < len(inputs)
-        or not all(_is_fresh(output, device, inputs) for output in made)
+        or not all(_is_fresh(tensor, device, inputs) for tensor in made)
     ):
-        return None
-    bound = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    if not all(name in bound for name in kernel.arg_names):  # a default of the kernel
         return None
     pool: list[Any] = [*values, *made]
     places = {id(tensor): place for place, tensor in enumerate(pool) if isinstance(tensor, Tensor)}
     others: list[Any] = []
+    steps = []
+    for step in recorded.steps:
+        tensors = step.tensors if isinstance(step, _TorchCall) else step.mutates
+        if not all(id(tensor) in places for tensor in tensors):
+            return None
+        if isinstance(step, _TorchCall):
+            steps.append(_call_again(step.call, tuple(places[id(tensor)] for tensor in tensors)))
+        else:
+            again = _launch_again(step, places, len(pool), others)
+            if again is None:
+                return None
+            steps.append(again)
+    return _replay(
+        tuple(steps),
+        tuple(step.kernel for step in recorded.steps if isinstance(step, _Launch)),
+        tuple(others),
+        device,
+        tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),
+        tuple(places[id(tensor)] for step in recorded.steps if isinstance(step, _Launch) for tensor in step.mutates),
+        _as_returned(outputs),
+    )
+
+
+def _as_returned(outputs: Any) -> Callable[[tuple[Tensor, ...]], Any]:
+    """From all that a replayed call has made, what the op returns."""
+    if outputs is None:
+        return lambda made: None
+    if isinstance(outputs, tuple):
+        count = len(outputs)
+        return lambda made: made[:count]
+    return lambda made: made[0]
+
+
+def _call_again(call: Callable[..., None], tensors: tuple[int, ...]) -> Callable[[tuple[Any, ...]], None]:
+    return lambda pool: call(*[pool[place] for place in tensors])
+
+
+def _launch_again(
+    launched: _Launch, places: dict[int, int], pooled: int, others: list[Any]
+) -> Callable[[tuple[Any, ...]], None] | None:
+    """A launch with arguments from the pool; what is no tensor is added to ``others``, which follow it."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction
+
+    kernel, compiled, grid, args, _, constants = launched
+    if not isinstance(kernel, JITFunction) or not isinstance(compiled, CompiledKernel):  # interpreted, or compiling
+        return None
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    if not all(name in bound for name in kernel.arg_names):  # a default of the kernel
+        return None
     order = []
     for name in kernel.arg_names:
         value = bound[name]
         if not isinstance(value, Tensor):
-            order.append(len(pool) + len(others))
+            order.append(pooled + len(others))
             others.append(value)
         elif id(value) in places:
             order.append(places[id(value)])
         else:
             return None
-    if not all(id(tensor) in places for tensor in (*mutates, *(t for step in before for t in step.tensors))):
-        return None
-    return _replay(
-        tuple((step.call, tuple(places[id(tensor)] for tensor in step.tensors)) for step in before),
-        kernel,
-        compiled,
-        (*grid, 1, 1)[:3],
-        operator.itemgetter(*order),
-        tuple(others),
-        device,
-        tuple((tuple(output.shape), output.stride(), output.dtype) for output in made),
-        tuple(places[id(tensor)] for tensor in mutates),
-        (lambda made: made) if isinstance(outputs, tuple) else (lambda made: made[0] if made else None),
-    )
+    in_order = operator.itemgetter(*order)
+    # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
+    start = compiled[(*grid, 1, 1)[:3]]
+    return lambda pool: start(*in_order(pool))
 
 
 def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
@@ -206,11 +254,8 @@ def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
 
 
 def _replay(
-    before: tuple[tuple[Callable[..., None], tuple[int, ...]], ...],
-    kernel: Any,
-    compiled: Any,
-    grid: tuple[int, ...],
-    in_order: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+    steps: tuple[Callable[[tuple[Any, ...]], None], ...],
+    kernels: tuple[Any, ...],
     others: tuple[Any, ...],
     device: torch.device,
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...],
@@ -233,15 +278,14 @@ def _replay(
         if (
             runtime.debug != debug
             or compilation.instrumentation_mode != instrumentation
-            or kernel.pre_run_hooks  # of a profiler or a test; they want Triton's own launch
+            # of a profiler or a test; they want Triton's own launch
+            or any(kernel.pre_run_hooks for kernel in kernels)
         ):
             return _UNUSABLE
         made = tuple([empty(*output) for output in outputs])
         pool = (*values, *made, *others)
-        for call, tensors in before:
-            call(*[pool[place] for place in tensors])
-        # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
-        compiled[grid](*in_order(pool))
+        for step in steps:
+            step(pool)
         if mutated:
             torch.autograd.graph.increment_version([values[place] for place in mutated])
         return returned(made)
