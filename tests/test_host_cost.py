@@ -29,8 +29,9 @@ pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 ours = torch.ops.fusionpasses
 QUANT = "dynamic_mxfp4_quant.default"
 EVERY_NAME = [name for name in OPS if providers.verdict("triton", name, "cuda")]
-NAMES = [name for name in EVERY_NAME if "mxfp4" in name]
+NAMES = [name for name in EVERY_NAME if "mxfp4_quant" in name]
 CACHE_WRITES = [name for name in EVERY_NAME if "mla" in name]
+GEMMS = [name for name in EVERY_NAME if "gemm" in name]
 
 
 # ---- a GPU that is not there
@@ -106,9 +107,12 @@ def recorder() -> Iterator[Recorder]:
 
 
 def _kernels() -> list[Any]:
-    from fusionpasses.kernels import dynamic_mxfp4_quant, rmsnorm_mxfp4_quant, rope_mla_kv_cache
+    from fusionpasses.kernels import dynamic_mxfp4_quant, mxfp4_gemm, rmsnorm_mxfp4_quant, rope_mla_kv_cache
 
     return [
+        mxfp4_gemm.mxfp4_gemm,
+        mxfp4_gemm.mxfp4_gemm_arrange,
+        mxfp4_gemm.mxfp4_dequantize,
         dynamic_mxfp4_quant.dynamic_mxfp4_quant,
         rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
         rope_mla_kv_cache.rope_mla_kv_cache,
@@ -255,6 +259,47 @@ def test_every_cache_write_launches_the_same_whatever_was_called_before(recorder
     _launch.forget()
     for _ in range(2):
         assert [told(recorder, name, args, kwargs) for args, kwargs in calls] == alone
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("name", GEMMS)
+def test_every_product_launches_the_same_whatever_was_called_before(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str, few: bool
+) -> None:
+    """Of a few tokens and of many: with launches, torch's product and scratch of its own."""
+    from fusionpasses.kernels import mxfp4_gemm
+
+    monkeypatch.setattr(mxfp4_gemm, "for_few_tokens", lambda *_: few)
+    calls = list(OPS[name].samples(torch.device("cpu")))
+    alone = []
+    for args, kwargs in calls:
+        _launch.forget()
+        alone.append(told(recorder, name, args, kwargs))
+    kernels = {str(entry).partition(" ")[0] for told_ in alone for entry in told_ if isinstance(entry, str)}
+    assert kernels == ({"mxfp4_gemm", "mxfp4_gemm_arrange"} if few else {"mxfp4_dequantize"})
+    _launch.forget()
+    for _ in range(2):
+        assert [told(recorder, name, args, kwargs) for args, kwargs in calls] == alone
+
+
+def test_a_replayed_product_allocates_scratch_anew(full_calls: list[str], recorder: Recorder) -> None:
+    args, kwargs = next(iter(OPS["mxfp4_gemm.default"].samples(torch.device("cpu"))))
+    scratch = []
+    with torch.no_grad():
+        for _ in range(3):
+            recorder.launches.clear()
+            kept = OPS["mxfp4_gemm.default"].overload(*args, **kwargs)
+            scratch.append(
+                [
+                    v
+                    for launched in recorder.launches
+                    for v in launched.args
+                    if getattr(v, "dtype", None) == torch.bfloat16
+                ]
+            )
+            assert all(kept is not tensor for tensor in scratch[-1])
+    assert full_calls == ["mxfp4_gemm.default"]
+    assert len({tensor.data_ptr() for tensors in scratch for tensor in tensors}) == sum(map(len, scratch)) == 6
 
 
 def _values(field: str) -> list[Any]:

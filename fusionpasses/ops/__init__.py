@@ -8,6 +8,7 @@ from fusionpasses.ops import (
     dynamic_mxfp4_quant,
     fused_rope_mla_kv_cache,
     mxfp4_gemm,
+    mxfp4_gemm_a16w4,
     rmsnorm_add_mxfp4_quant,
     rmsnorm_mxfp4_quant,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "dynamic_mxfp4_quant",
     "fused_rope_mla_kv_cache",
     "mxfp4_gemm",
+    "mxfp4_gemm_a16w4",
     "rmsnorm_add_mxfp4_quant",
     "rmsnorm_mxfp4_quant",
 ]

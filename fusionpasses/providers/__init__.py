@@ -33,6 +33,8 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
             "fused_rope_mla_kv_cache.absorbed_bmm",
             "fused_rope_mla_kv_cache.absorbed_bmm_with_k",
             "concat_and_cache_mla.default",
+            "mxfp4_gemm.default",
+            "mxfp4_gemm_a16w4.default",
         }
     ),
 }

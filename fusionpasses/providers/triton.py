@@ -10,7 +10,7 @@ Where it stands on the numerics contract of the ops:
   boundary.
 - ``sum`` of the residual ops is exactly the reference's. Payload and sign of a NaN in ``sum`` and ``norm`` are not
   part of the contract.
-- RoPE and the write to the MLA cache: ``providers/_triton_rope.py``.
+- RoPE and the write to the MLA cache: ``providers/_triton_rope.py``. The GEMMs: ``providers/_triton_gemm.py``.
 
 Outputs are allocated and the kernel is launched on the current stream; nothing waits for the GPU, so calls can be
 captured in a CUDA graph once the kernel is compiled.
@@ -29,7 +29,7 @@ from fusionpasses.kernels import arch
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
-from fusionpasses.providers import _launch, _triton_rope
+from fusionpasses.providers import _launch, _triton_gemm, _triton_rope
 
 
 def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
@@ -136,6 +136,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add_mxfp4_quant,
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
     **_triton_rope.ADAPTERS,
+    **_triton_gemm.ADAPTERS,
 }
 
 

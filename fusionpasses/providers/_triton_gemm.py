@@ -1,0 +1,258 @@
+"""The Triton provider's adapters of ``mxfp4_gemm`` and ``mxfp4_gemm_a16w4``.
+
+Few tokens: a kernel of ours, from codes to sums. Many: the weight as bfloat16 in scratch, for this call only, and
+torch's product (cuBLAS, hipBLASLt). Which one is a function of the number of tokens and the architecture, so of nothing
+that is in device memory; the numbers multiplied are the same in both, exactly those that codes and scales mean.
+
+x that is not bfloat16 is taken apart into two (float16) or three (float32) tensors of bfloat16 whose sum it is, but for
+what is below 2**-133. Their products are exact, too, and are added in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusionpasses.kernels import arch
+from fusionpasses.kernels import mxfp4_gemm as kernel
+from fusionpasses.ops import _mxfp4, _mxfp4_weight
+from fusionpasses.providers import _launch
+
+#: bfloat16 numbers that a number of x is the sum of, at most.
+_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+def _mxfp4_gemm(
+    x_codes: Tensor,
+    x_scales: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    layout: str = "linear",
+    rows: int | None = None,
+    shift: int = 0,
+) -> Tensor:
+    n = w_codes.shape[0] if rows is None else rows
+    out = x_codes.new_empty((*x_codes.shape[:-1], n), dtype=out_dtype)
+    tokens, width = x_codes.shape[:-1].numel(), x_codes.shape[-1] * 2
+    if out.numel() == 0:
+        return out
+    x_codes, x_scales = x_codes.contiguous(), x_scales.contiguous()
+    gpu = arch.of(x_codes.device)
+    with _launch.on_device_of(x_codes):
+        if kernel.for_few_tokens(tokens, gpu):
+            x = _arranged(x_codes, x_scales, tokens, width, layout, gpu)
+            _multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+        else:
+            x = _launch.scratch(x_codes, (tokens, width), torch.bfloat16)
+            _dequantize(x_codes, x_scales, x, "linear", 0, gpu)
+            w = _launch.scratch(w_codes, (n, width), torch.bfloat16)
+            _dequantize(w_codes, w_scales, w, layout, shift, gpu)
+            _by_torch(x, w, bias, out)
+    return out
+
+
+def _mxfp4_gemm_a16w4(
+    x: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: str = "linear",
+    rows: int | None = None,
+    shift: int = 0,
+) -> Tensor:
+    n = w_codes.shape[0] if rows is None else rows
+    out = x.new_empty((*x.shape[:-1], n))
+    tokens, width = x.shape[:-1].numel(), x.shape[-1]
+    if out.numel() == 0:
+        return out
+    gpu = arch.of(x.device)
+    x = _whole_rows(x)
+    pieces = _PIECES[x.dtype]
+    with _launch.on_device_of(x):
+        if pieces > 1:
+            summands = _launch.scratch(x, (pieces, tokens, width), torch.bfloat16)
+            _launch.torch_call(_take_apart, x, summands)
+            sums = _launch.scratch(x, (pieces, tokens, n), torch.float32)
+            _product(summands, w_codes, w_scales, None, sums, pieces * tokens, n, width, layout, shift, gpu)
+            _launch.torch_call(_add_up, sums, out, *_given(bias))
+        else:
+            _product(x, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+    return out
+
+
+#: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
+ADAPTERS: dict[str, Callable[..., Any]] = {
+    "mxfp4_gemm.default": _mxfp4_gemm,
+    "mxfp4_gemm_a16w4.default": _mxfp4_gemm_a16w4,
+}
+
+
+def _product(
+    x: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tokens: int,
+    n: int,
+    width: int,
+    layout: str,
+    shift: int,
+    gpu: arch.Arch,
+) -> None:
+    """Of bfloat16 x, contiguous or two-dimensional."""
+    if kernel.for_few_tokens(tokens, gpu):
+        stride: int | None = x.stride(-2) if x.dim() == 2 else width
+        if kernel.launch_options(tokens, n, width, gpu)["ARRANGED"]:
+            x, stride = _arranged(x, None, tokens, width, layout, gpu), None
+        _multiply(x, stride, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+    else:
+        w = _launch.scratch(w_codes, (n, width), torch.bfloat16)
+        _dequantize(w_codes, w_scales, w, layout, shift, gpu)
+        _by_torch(x, w, bias, out)
+
+
+def _arranged(x: Tensor, x_scales: Tensor | None, tokens: int, width: int, layout: str, gpu: arch.Arch) -> Tensor:
+    """x in the order in which the kernel's threads load it, in scratch."""
+    tiles, columns, warps = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 4
+    out = _launch.scratch(x, (tiles, columns, 8 * _mxfp4_weight.TILE_WIDTH), torch.bfloat16)
+    _launch.launch(
+        kernel.mxfp4_gemm_arrange,
+        (-(-columns // warps), tiles),
+        x,
+        x_scales,
+        out,
+        tokens,
+        x.stride(-2) if x.dim() == 2 else x.shape[-1],
+        None if x_scales is None else width // _mxfp4.BLOCK,
+        K=width,
+        LAYOUT=_LAYOUT[layout],
+        WARPS=warps,
+        ISA=gpu.isa,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        launch_pdl=True,
+    )
+    return out
+
+
+def _multiply(
+    x: Tensor,
+    x_stride: int | None,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tokens: int,
+    n: int,
+    width: int,
+    layout: str,
+    shift: int,
+    gpu: arch.Arch,
+) -> None:
+    options: dict[str, Any] = kernel.launch_options(tokens, n, width, gpu)
+    del options["ARRANGED"]
+    rows_at_once = _mxfp4_weight.TILE_ROWS * options["ROW_TILES"] * options["ROW_WARPS"]
+    _launch.launch(
+        kernel.mxfp4_gemm,
+        (-(-tokens // (8 * options["TOKEN_TILES"])), -(-n // rows_at_once)),
+        x,
+        w_codes,
+        w_scales,
+        bias,
+        out,
+        tokens,
+        n,
+        x_stride,
+        2.0**shift,
+        K=width,
+        LAYOUT=_LAYOUT[layout],
+        ISA=gpu.isa,
+        **options,
+    )
+
+
+def _dequantize(codes: Tensor, scales: Tensor, out: Tensor, layout: str, shift: int, gpu: arch.Arch) -> None:
+    words = codes.numel() // 4
+    options: dict[str, Any] = {**kernel.dequantize_options(gpu)}
+    _launch.launch(
+        kernel.mxfp4_dequantize,
+        (-(-words // (options["UNROLLED"] * options["LANES"])),),
+        codes,
+        scales,
+        out,
+        words,
+        out.shape[0],
+        shift,
+        K=out.shape[1],
+        LAYOUT=_LAYOUT[layout],
+        ISA=gpu.isa,
+        **options,
+    )
+
+
+def _by_torch(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    in_float32 = out.dtype != torch.bfloat16 or bias is not None
+    _launch.torch_call(_multiply_in_float32 if in_float32 else _multiply_matrices, x, w, out, *_given(bias))
+
+
+def _given(bias: Tensor | None) -> tuple[Tensor, ...]:
+    return () if bias is None else (bias,)
+
+
+def _multiply_matrices(x: Tensor, w: Tensor, out: Tensor) -> None:
+    torch.mm(x.reshape(-1, x.shape[-1]), w.t(), out=out.view(-1, out.shape[-1]))
+
+
+def _multiply_in_float32(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Sums, then the bias, then one rounding."""
+    sums = _float32_product(x.reshape(-1, x.shape[-1]), w)
+    if bias is not None:
+        sums += bias.float()
+    out.view(sums.shape).copy_(sums)
+
+
+def _float32_product(x: Tensor, w: Tensor) -> Tensor:
+    if x.is_cuda and torch.version.hip is None:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return torch.mm(x.float(), w.t().float())
+
+
+def _take_apart(x: Tensor, summands: Tensor) -> None:
+    """Summands of bfloat16 whose sum is x: each is what is left, cut after bfloat16's bits. Inf is the first, alone."""
+    rest = x.reshape(-1, x.shape[-1]).float()
+    for i, summand in enumerate(summands):
+        cut = (rest.view(torch.int32) & -0x10000).view(torch.float32)
+        # A NaN may have all its payload in the bits that are cut.
+        cut = torch.where(rest.isfinite(), cut, rest)
+        summand.copy_(cut)
+        if i + 1 < len(summands):
+            rest = torch.where(rest.isfinite(), rest - cut, 0.0)
+
+
+def _add_up(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part
+    if bias is not None:
+        total = total + bias.float()
+    out.view(total.shape).copy_(total)
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it: contiguous, or two-dimensional with rows that start at words."""
+    if x.is_contiguous() and x.data_ptr() % 4 == 0:
+        return x
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+_LAYOUT = {"linear": kernel.LINEAR.value, "tiles": kernel.TILES.value}

@@ -1,0 +1,380 @@
+"""Products with MXFP4 weights: layouts, the kernel with an emulated tensor core anywhere, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusionpasses.errors import UnsupportedInput
+from fusionpasses.ops import OPS, _mxfp4, _mxfp4_weight
+from fusionpasses.probes import probe_triton
+
+W4A4, W4A16 = "mxfp4_gemm.default", "mxfp4_gemm_a16w4.default"
+ours = torch.ops.fusionpasses
+needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
+compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels")
+
+
+def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random codes, scale bytes from low to high - 1."""
+    codes = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device=device)
+    return codes, torch.randint(low, high, (rows, width // 32), dtype=torch.uint8, device=device)
+
+
+# ---- layouts
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 70),
+    blocks=st.integers(1, 9),
+    low=st.integers(0, 250),
+    span=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_a_prepared_weight_means_the_same_and_is_undone_byte_by_byte(
+    rows: int, blocks: int, low: int, span: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    codes, scales = weight(rows, 32 * blocks, low, min(low + span, 255))
+    prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+    assert prepared.shape == (-(-rows // 16), -(-blocks // 4), 1024)
+    assert shift == max(0, int(scales.max()) - 128)
+    again = _mxfp4_weight.unprepare(prepared, exponents, rows, 32 * blocks, shift)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+    values = _mxfp4_weight.linear(prepared, exponents, "tiles", rows, shift, 32 * blocks)
+    assert torch.equal(values, _mxfp4.dequantize(codes, scales))
+
+
+def test_bits_of_a_word_all_move_to_places_of_their_own() -> None:
+    targets = [target + i for _, target, width in _mxfp4_weight._MOVES for i in range(width)]
+    assert sorted(targets) == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ([[127, 255]], r"got a block whose scale is NaN, allowed numbers; it stays 'linear'"),
+        ([[140, 6]], r"got scale bytes from 6 to 140, allowed a span"),
+        ([[254, 120]], r"got scale bytes from 120 to 254, allowed a span"),
+    ],
+)
+def test_what_cannot_be_folded_exactly_is_refused(scales: list[list[int]], reason: str) -> None:
+    codes = torch.full((1, 32), 0x11, dtype=torch.uint8)
+    with pytest.raises(UnsupportedInput, match=reason):
+        _mxfp4_weight.prepare(codes, torch.tensor(scales, dtype=torch.uint8))
+
+
+def test_a_block_of_zeros_may_have_any_scale() -> None:
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    codes[0, 0] = 0x80  # a negative zero
+    codes[0, 16:] = 0x11
+    scales = torch.tensor([[20, 140]], dtype=torch.uint8)
+    prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+    again = _mxfp4_weight.unprepare(prepared, exponents, 1, 64, shift)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+
+
+def test_a_weight_without_data_is_refused() -> None:
+    codes, scales = weight(16, 64, 120, 121)
+    with pytest.raises(UnsupportedInput, match="got one on the meta device, allowed one with data"):
+        _mxfp4_weight.prepare(codes.to("meta"), scales.to("meta"))
+
+
+# ---- arguments
+
+
+def _call(**changes: Any) -> Tensor:
+    codes, scales = weight(8, 64, 120, 130)
+    arguments = {"x": torch.randn(2, 64), "w_codes": codes, "w_scales": scales} | changes
+    result: Tensor = ours.mxfp4_gemm_a16w4(**arguments)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"x": torch.randn(2, 32)}, r"w_codes: got shape \(8, 32\) with x 32 wide, allowed \[N, 16\]"),
+        ({"x": torch.randn(2, 64).double()}, r"x.dtype: got torch.float64, allowed"),
+        ({"w_scales": torch.zeros(8, 1, dtype=torch.uint8)}, r"w_scales: got shape \(8, 1\).*allowed \(8, 2\)"),
+        ({"w_scales": torch.zeros(8, 2)}, r"w_scales.dtype: got torch.float32, allowed torch.uint8"),
+        ({"w_codes": torch.zeros(32, 8, dtype=torch.uint8).T}, "allowed contiguous tensors"),
+        ({"layout": "tile"}, "layout: got 'tile', allowed 'linear', 'tiles'"),
+        ({"rows": 8}, "rows, shift: got 8 and 0 with layout 'linear', allowed None and 0"),
+        ({"layout": "tiles"}, "rows, shift: got None and 0 with layout 'tiles', allowed N >= 1 and 0 to 126"),
+        ({"layout": "tiles", "rows": 8}, r"w_codes: got shape \(8, 32\) for 8 rows of 64, allowed \(1, 1, 1024\)"),
+        ({"bias": torch.zeros(4)}, r"bias: got torch.float32 \(4,\), allowed \[8\]"),
+        ({"bias": torch.zeros(8, dtype=torch.int32)}, r"bias: got torch.int32 \(8,\), allowed \[8\]"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedInput, match=reason):
+        _call(**changes)
+    assert _call().shape == (2, 8)
+
+
+# ---- x in bfloat16 summands
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_x_is_the_sum_of_its_summands(dtype: torch.dtype) -> None:
+    from fusionpasses.providers import _triton_gemm
+
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 65504.0, 6e-8, 1.0, 3e38, 1e-30])
+    x = torch.cat((torch.randn(2000) * torch.randn(2000).exp2(), special, 1 / special)).to(dtype)
+    summands = torch.empty(_triton_gemm._PIECES[dtype], 1, len(x), dtype=torch.bfloat16)
+    _triton_gemm._take_apart(x, summands)
+    total = summands[0].float()
+    for summand in summands[1:]:
+        total = total + summand.float()
+    # bfloat16's least number is 2**-133.
+    torch.testing.assert_close(total[0], x.float(), rtol=0, atol=2.0**-133, equal_nan=True)
+
+
+# ---- the kernels, interpreted
+
+
+def emulate_tensor_core() -> None:
+    """mma.m16n8k16 of bfloat16, with operands and sums where the PTX manual says that threads have them."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    from fusionpasses.kernels import mxfp4_gemm as kernels
+
+    lane = np.arange(32)
+    g, c = lane // 4, lane % 4
+
+    def halves(words: Any) -> Any:
+        bits = words.handle.data.astype(np.uint32).reshape(-1, 32)
+        pair = np.stack(((bits << 16), bits & np.uint32(0xFFFF0000)), -1).astype(np.uint32)
+        return pair.view(np.float32)
+
+    def mma(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, sums: Any) -> Any:
+        first = halves(a0)
+        a = np.zeros((len(first), 16, 16), np.float32)
+        b = np.zeros((len(first), 16, 8), np.float32)
+        for i in range(2):
+            for part, row, column in ((a0, 0, 0), (a1, 8, 0), (a2, 0, 8), (a3, 8, 8)):
+                a[:, g + row, 2 * c + i + column] = halves(part)[..., i]
+            for part, column in ((b0, 0), (b1, 8)):
+                b[:, 2 * c + i + column, g] = halves(part)[..., i]
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = a @ b
+        new = [product[:, g + 8 * (i // 2), 2 * c + i % 2].reshape(-1) + sums[i].handle.data for i in range(4)]
+        return tuple(tl.tensor(TensorHandle(n.astype(np.float32), tl.float32), sums[0].type) for n in new)
+
+    kernels._mma = mma
+
+
+def check_products() -> None:
+    """Layouts, tails of rows, columns and tokens, x as it is and in order, codes for x, bias: sums that are exact."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    emulate_tensor_core()
+    from fusionpasses.kernels import mxfp4_gemm as kernels
+    from fusionpasses.kernels.arch import PLAIN
+
+    for seed in range(36):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rows, width, tokens = rng.choice((1, 16, 33, 64)), 32 * rng.choice((1, 3, 8, 13)), rng.choice((1, 5, 9, 17))
+        row_tiles, row_warps, k_warps = rng.choice((1, 2)), rng.choice((1, 2)), rng.choice((1, 2, 4))
+        token_tiles = rng.choice((1, 2, 4))
+        codes, scales = weight(rows, width, 124, 131)
+        want_w = _mxfp4.dequantize(codes, scales)
+        layout, shift = kernels.LINEAR, 0
+        if seed % 2:
+            codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
+            layout = kernels.TILES
+        # Sums of small integers are exact in any order.
+        x, x_scales = torch.randint(-3, 4, (tokens, width)).bfloat16(), None
+        values = x.float()
+        if seed % 3 == 0:
+            x, x_scales = _mxfp4.quantize(values, "even")
+            values = _mxfp4.dequantize(x, x_scales)
+        stride: int | None = x.stride(0)
+        if x_scales is not None or seed % 3 == 1:
+            columns = -(-width // 128)
+            arranged = torch.full((-(-tokens // 8) * columns * 1024,), torch.nan).bfloat16()
+            kernels.mxfp4_gemm_arrange[(columns, -(-tokens // 8))](
+                x,
+                x_scales,
+                arranged,
+                tokens,
+                stride,
+                None if x_scales is None else x_scales.stride(0),
+                K=width,
+                LAYOUT=layout,
+                WARPS=1,
+                ISA=PLAIN,
+            )
+            x, stride = arranged, None
+        bias = torch.randint(-9, 9, (rows,)).float() if seed % 4 else None
+        out = torch.full((tokens, rows), torch.nan)
+        grid = (-(-tokens // (8 * token_tiles)), -(-rows // (16 * row_tiles * row_warps)))
+        kernels.mxfp4_gemm[grid](
+            x,
+            codes,
+            scales,
+            bias,
+            out,
+            tokens,
+            rows,
+            stride,
+            2.0**shift,
+            K=width,
+            LAYOUT=layout,
+            ROW_TILES=row_tiles,
+            TOKEN_TILES=token_tiles,
+            ROW_WARPS=row_warps,
+            K_WARPS=k_warps,
+            FETCHED=0,
+            ISA=PLAIN,
+        )
+        want = values @ want_w.T + (0 if bias is None else bias)
+        assert torch.equal(out, want), f"seed {seed}: {int((out != want).sum())} of {out.numel()} differ"
+
+
+def check_values() -> None:
+    """Every code with every scale byte, in both layouts, as bfloat16."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    from fusionpasses.kernels import mxfp4_gemm as kernels
+    from fusionpasses.kernels.arch import PLAIN
+
+    every = torch.arange(256, dtype=torch.uint8)
+    for low, high in ((0, 256), (0, 129), (123, 130), (245, 255)):
+        scales = every[low:high].view(-1, 1)
+        codes = every.view(16, 16)[torch.arange(len(scales)) % 16]
+        layouts = [(kernels.LINEAR, codes, scales, 0)]
+        if high - low < 20 or high == 129:
+            layouts.append((kernels.TILES, *_mxfp4_weight.prepare(codes, scales)))
+        for layout, w_codes, w_scales, shift in layouts:
+            out = torch.full((len(scales), 32), 7.0).bfloat16()
+            kernels.mxfp4_dequantize[(-(-w_codes.numel() // 512),)](
+                w_codes,
+                w_scales,
+                out,
+                w_codes.numel() // 4,
+                len(scales),
+                shift,
+                K=32,
+                LAYOUT=layout,
+                UNROLLED=1,
+                LANES=128,
+                ISA=PLAIN,
+            )
+            want = _mxfp4.dequantize(codes, scales).bfloat16()
+            torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(out.signbit() | out.isnan(), want.signbit() | want.isnan())
+
+
+GROUPS = {"products": check_products, "values": check_values}
+
+
+@needs_triton
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreted(group: str) -> None:
+    triton_interpreter.run(__file__, group)
+
+
+# ---- on a GPU
+
+gpu = [pytest.mark.gpu, compiled, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def _operands(seed: int) -> tuple[str, tuple[Any, ...], dict[str, Any], Tensor, Tensor, Tensor | None]:
+    """A random call on a GPU, and the values that it multiplies."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, width = rng.choice((1, 40, 576, 2112)), 32 * rng.choice((1, 5, 64, 90))
+    tokens = rng.choice((1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 200))
+    codes, scales = weight(rows, width, *rng.choice(((118, 126), (125, 132))), "cuda")
+    w = _mxfp4.dequantize(codes, scales)
+    keywords: dict[str, Any] = {}
+    if seed % 2:
+        codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
+        keywords = {"layout": "tiles", "rows": rows, "shift": shift}
+    dtype = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)[seed // 4 % 4]
+    bias = torch.randn(rows, device="cuda").to(rng.choice((dtype, torch.float32))) if seed % 3 == 0 else None
+    x = torch.randn(tokens, width + 64 * (seed % 5 == 0), device="cuda").to(dtype)[:, :width]
+    if seed % 4 == 1:
+        x = x.unflatten(0, (1, tokens))
+    if seed % 8 < 4:
+        return W4A16, (x, codes, scales, bias), keywords, x.flatten(0, -2), w, bias
+    x_codes, x_scales = _mxfp4.quantize(x, "even")
+    values = _mxfp4.dequantize(x_codes, x_scales).flatten(0, -2)
+    return W4A4, (x_codes, x_scales, codes, scales, bias), keywords | {"out_dtype": dtype}, values, w, bias
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=gpu) for part in range(4)])
+def test_gpu_sums_are_within_the_bound_and_the_same_every_time(part: int) -> None:
+    for seed in range(part, 160, 4):
+        name, args, keywords, x, w, bias = _operands(seed)
+        call = OPS[name].overload
+        got = call(*args, **keywords, provider="triton")
+        assert torch.equal(got, call(*args, **keywords, provider="triton")), f"seed {seed}: other bytes"
+        exact = x.double() @ w.double().T
+        magnitude = x.double().abs() @ w.double().abs().T
+        if bias is not None:
+            exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+        bound = w.shape[1] * 2.0**-24 * magnitude + torch.finfo(got.dtype).eps / 2 * exact.abs() * 1.01 + 1e-30
+        if got.dtype == torch.float16:
+            bound = bound + 2.0**-25  # its subnormal numbers
+        off = (got.flatten(0, -2).double() - exact).abs() / bound
+        assert off.max() <= 1, (
+            f"seed {seed}: {name} {tuple(x.shape)} x {tuple(w.shape)}: {float(off.max())} of the bound"
+        )
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (1, 16, 64, 4096)])
+def test_gpu_no_copy_of_a_weight_outlives_the_call(tokens: int) -> None:
+    rows, width = 4096, 4096
+    codes, scales = weight(rows, width, 118, 126, "cuda")
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    for _ in range(2):  # a full call, then a replayed one
+        out = ours.mxfp4_gemm_a16w4(x, codes, scales, provider="triton")
+    torch.cuda.synchronize()
+    del out
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = ours.mxfp4_gemm_a16w4(x, codes, scales, provider="triton")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before <= out.numel() * 2 + 4096
+    dequantized = rows * width * 2 if tokens > 64 else 2 * x.numel() * 2 + 2**20
+    assert torch.cuda.max_memory_allocated() - before <= dequantized + out.numel() * 2 + 4096
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (1, 16, 200)])
+def test_gpu_calls_can_be_captured(tokens: int) -> None:
+    codes, scales = weight(576, 2048, 118, 126, "cuda")
+    prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+
+    def call() -> Tensor:
+        keywords = {"layout": "tiles", "rows": 576, "shift": shift}
+        result: Tensor = ours.mxfp4_gemm_a16w4(x, prepared, exponents, **keywords, provider="triton")
+        return result
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(got, call())
+
+
+if __name__ == "__main__":
+    GROUPS[sys.argv[1]]()
