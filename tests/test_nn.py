@@ -132,7 +132,7 @@ def test_nothing_quantised_is_said(caplog):
         (lambda: fp.quantize_mxfp4(nn.Sequential(nn.Linear(64, 64)), "l"), "filter: got 'l'"),
         (lambda: fp.quantize_mxfp4(nn.Sequential(nn.Linear(64, 64)), scale_mode=["even"]), "scale_mode: got ['even']"),
         (lambda: fp.Mxfp4Linear.from_linear(nn.ReLU()), "linear: got ReLU"),
-        (lambda: fp.Mxfp4Linear.from_linear(nn.Linear(64, 8))(torch.randn(4, 32)), "x is 32 wide and the weight 64"),
+        (lambda: fp.Mxfp4Linear.from_linear(nn.Linear(64, 8))(torch.randn(4, 32)), "with x 32 wide, allowed [N, 16]"),
         (lambda: fp.Mxfp4Linear.from_linear(nn.Linear(40, 8)), "linear.weight: got shape (8, 40)"),
         (lambda: fp.Mxfp4Linear(torch.zeros(4, 32), torch.zeros(4, 2)), "weight_packed: got torch.float32"),
         (

@@ -1,24 +1,46 @@
-"""A linear layer with MXFP4 weights that quantises its activations on the fly (W4A4)."""
+"""A linear layer with MXFP4 weights, and activations that it quantises on the fly (W4A4) or leaves (weight-only)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fusionpasses.errors import UnsupportedInput
-from fusionpasses.ops import _mxfp4
+from fusionpasses.ops import _mxfp4, _mxfp4_weight
+
+if TYPE_CHECKING:
+    from fusionpasses.nn.checkpoint_reader import Checkpoint
+
+ACTS = ("mxfp4", "none")
+
+
+def check_act(act: str) -> None:
+    if act not in ACTS:
+        raise UnsupportedInput(
+            f"act: got {act!r}, allowed 'mxfp4', which quantises the inputs too (W4A4), and 'none' (weight-only)"
+        )
 
 
 class Mxfp4Linear(nn.Module):
-    """``y = quantise(x) @ weight.T + bias``, both operands in MXFP4.
+    """``y = quantise(x) @ weight.T + bias`` with both operands in MXFP4; with ``act="none"``, x is as it is.
 
-    The activation quant and the GEMM are two nodes of the graph, so that a pass can fuse the quant into the norm
-    before it.
+    The activation quant and the GEMM are two nodes of the graph, so that a pass can fuse the quant into what is before
+    it. Which of the two is faster depends on the GPU: see docs/linear.md.
 
-    Buffers (in ``state_dict``):
+    Buffers (in ``state_dict``, always in this layout):
         weight_packed: uint8 ``[out_features, in_features / 2]``, two E2M1 codes per byte, the even element low.
         weight_scale: uint8 (E8M0) ``[out_features, in_features / 32]``.
         bias: ``[out_features]`` or absent.
+
+    After ``prepare()`` the first two hold the same weight in the order in which a kernel reads it.
+
+    Attributes:
+        in_features, out_features: as of nn.Linear.
+        act: "mxfp4" or "none".
+        scale_mode: of the activations' quant.
+        layout: "linear", or "tiles" after ``prepare()``.
 
     Inference only: a call with an input that requires grad, in grad mode, raises UnsupportedInput.
     """
@@ -28,9 +50,16 @@ class Mxfp4Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, scale_mode: str = "even"
+        self,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        act: str = "mxfp4",
+        scale_mode: str = "even",
     ) -> None:
         super().__init__()
+        check_act(act)
         _mxfp4.check_scale_mode(scale_mode)
         for name, tensor in (("weight_packed", weight_packed), ("weight_scale", weight_scale)):
             if tensor.dtype != torch.uint8 or tensor.dim() != 2:
@@ -43,18 +72,21 @@ class Mxfp4Linear(nn.Module):
             )
         if bias is not None and tuple(bias.shape) != (rows,):
             raise UnsupportedInput(f"bias: got shape {tuple(bias.shape)}, allowed ({rows},), the rows of weight_packed")
-        self.in_features, self.out_features, self.scale_mode = half * 2, rows, scale_mode
-        self.register_buffer("weight_packed", weight_packed)
-        self.register_buffer("weight_scale", weight_scale)
+        self.in_features, self.out_features = half * 2, rows
+        self.act, self.scale_mode = act, scale_mode
+        self.layout, self._shift = "linear", 0
+        self.register_buffer("weight_packed", weight_packed.contiguous())
+        self.register_buffer("weight_scale", weight_scale.contiguous())
         self.register_buffer("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, scale_mode: str = "even") -> Mxfp4Linear:
+    def from_linear(cls, linear: nn.Linear, *, act: str = "mxfp4", scale_mode: str = "even") -> Mxfp4Linear:
         """Quantise the weight of ``linear``; ``scale_mode`` serves weight and activations.
 
         Raises:
             UnsupportedInput: in_features is not a multiple of 32, or a weight is not finite.
         """
+        check_act(act)
         _mxfp4.check_scale_mode(scale_mode)
         if not isinstance(linear, nn.Linear):
             raise UnsupportedInput(f"linear: got {type(linear).__name__}, allowed torch.nn.Linear")
@@ -67,20 +99,81 @@ class Mxfp4Linear(nn.Module):
             )
         packed, scale = torch.ops.fusionpasses.dynamic_mxfp4_quant(weight, scale_mode)
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls(packed, scale, bias, scale_mode=scale_mode)
+        layer = cls(packed, scale, bias, act=act, scale_mode=scale_mode)
         layer.train(linear.training)
         return layer
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        act: str | None = None,
+        scale_mode: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Mxfp4Linear:
+        """The linear ``name`` of an opened checkpoint: :func:`fusionpasses.nn.linear_from_checkpoint`."""
+        from fusionpasses.nn.checkpoint_loader import linear_from_checkpoint  # which imports this module
+
+        return linear_from_checkpoint(checkpoint, name, act=act, scale_mode=scale_mode, device=device)
+
+    def prepare(self) -> Mxfp4Linear:
+        """Put the weight in the order in which the kernel for few tokens on NVIDIA GPUs from Hopper on reads it.
+
+        The values are the same, and ``state_dict`` does not change. Elsewhere the order makes no difference. Does
+        nothing to a weight that is prepared already. Waits for the device.
+
+        Raises:
+            UnsupportedInput: the weight is on the meta device, or its scales are such that folding them into the codes'
+                would not be exact (NaN, or too wide a span); it stays as it is, and works.
+        """
+        if self.layout == "linear":
+            codes, scales, shift = _mxfp4_weight.prepare(self.weight_packed, self.weight_scale)
+            self.weight_packed, self.weight_scale, self.layout, self._shift = codes, scales, "tiles", shift
+        return self
+
+    def unprepare(self) -> Mxfp4Linear:
+        """Undo ``prepare()``: every byte is as it was."""
+        self.weight_packed, self.weight_scale = self.checkpoint_weight()
+        self.layout, self._shift = "linear", 0
+        return self
+
+    def checkpoint_weight(self) -> tuple[Tensor, Tensor]:
+        """Codes ``[out_features, in_features / 2]`` and scales ``[out_features, in_features / 32]``."""
+        if self.layout == "linear":
+            return self.weight_packed, self.weight_scale
+        return _mxfp4_weight.unprepare(
+            self.weight_packed, self.weight_scale, self.out_features, self.in_features, self._shift
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` bfloat16, float16 or float32 to ``[..., out_features]`` of the same dtype."""
-        codes, scales = torch.ops.fusionpasses.dynamic_mxfp4_quant(x, self.scale_mode)
-        y: Tensor = torch.ops.fusionpasses.mxfp4_gemm(
-            codes, scales, self.weight_packed, self.weight_scale, self.bias, out_dtype=x.dtype
-        )
+        layout: dict[str, Any] = {}
+        if self.layout != "linear":
+            layout = {"layout": self.layout, "rows": self.out_features, "shift": self._shift}
+        weight = (self.weight_packed, self.weight_scale, self.bias)
+        y: Tensor
+        if self.act == "none":
+            y = torch.ops.fusionpasses.mxfp4_gemm_a16w4(x, *weight, **layout)
+        else:
+            codes, scales = torch.ops.fusionpasses.dynamic_mxfp4_quant(x, self.scale_mode)
+            y = torch.ops.fusionpasses.mxfp4_gemm(codes, scales, *weight, out_dtype=x.dtype, **layout)
         return y
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scale_mode={self.scale_mode!r}"
+            f"act={self.act!r}, scale_mode={self.scale_mode!r}, layout={self.layout!r}"
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_packed"], destination[f"{prefix}weight_scale"] = self.checkpoint_weight()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        prepared = self.layout != "linear"
+        self.unprepare()
+        super()._load_from_state_dict(*args, **kwargs)
+        if prepared:
+            self.prepare()

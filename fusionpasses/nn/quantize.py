@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fusionpasses.errors import UnsupportedInput
-from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
+from fusionpasses.nn.mxfp4_linear import Mxfp4Linear, check_act
 from fusionpasses.ops import _mxfp4
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def quantize_mxfp4(
     model: nn.Module,
     filter: Callable[[str, nn.Module], bool] | None = None,
     *,
+    act: str = "mxfp4",
     scale_mode: str = "even",
 ) -> nn.Module:
     """Replace the ``nn.Linear`` modules of ``model`` by :class:`Mxfp4Linear`, in place.
@@ -63,6 +64,7 @@ def quantize_mxfp4(
         filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides. Without one,
             what released MXFP4 checkpoints keep in high precision is left: the output projection, routers, and the
             attention of GPT-OSS.
+        act: "mxfp4" quantises the inputs of these linears, too (W4A4); "none" does not (weight-only).
         scale_mode: "even", "floor", "rceil" or "ceil".
 
     Returns:
@@ -72,6 +74,7 @@ def quantize_mxfp4(
         UnsupportedInput: a weight that cannot be quantised, or ``model`` is itself a linear. Nothing was changed.
     """
     global _last
+    check_act(act)
     _mxfp4.check_scale_mode(scale_mode)
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
@@ -96,7 +99,7 @@ def quantize_mxfp4(
                 summary.left[name] = reason
             continue
         try:
-            replacements[module] = Mxfp4Linear.from_linear(module, scale_mode=scale_mode)
+            replacements[module] = Mxfp4Linear.from_linear(module, act=act, scale_mode=scale_mode)
         except UnsupportedInput as error:
             raise UnsupportedInput(f"module {name!r}: {error}") from None
         summary.quantized.append(name)
