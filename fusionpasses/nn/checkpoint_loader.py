@@ -1,0 +1,254 @@
+"""``load_checkpoint(model, path)``: fills a model from an MXFP4 checkpoint, and says what is quantised and what is not.
+
+What the checkpoint holds in MXFP4 becomes :class:`Mxfp4Linear`; what it left in high precision stays as it is. Nothing
+is quantised here, and nothing is unpacked unless asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusionpasses.errors import BadCheckpoint, UnsupportedInput
+from fusionpasses.nn import _checkpoint_formats as formats
+from fusionpasses.nn._checkpoint_plan import Plan, Slot, make_plan
+from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint
+from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
+from fusionpasses.ops import _mxfp4
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class LoadSummary:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        format, act, scale_mode: of the checkpoint, or as the caller said.
+        quantized: names of the linears that are Mxfp4Linear now.
+        left: names of the linears that are not, and why.
+        dequantized: parameters that were unpacked.
+        tied: names that share the tensor of another name, and that name.
+        computed: buffers that no checkpoint has, computed by the model.
+        ignored: tensors of the checkpoint that the model does not have.
+        dtypes: how many tensors that are not MXFP4 have each dtype.
+    """
+
+    format: str
+    act: str
+    scale_mode: str
+    quantized: list[str] = dataclasses.field(default_factory=list)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
+    dequantized: list[str] = dataclasses.field(default_factory=list)
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    computed: list[str] = dataclasses.field(default_factory=list)
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    dtypes: dict[torch.dtype, int] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{count} of {dtype}" for dtype, count in self.dtypes.items())
+        lines = [
+            f"load_checkpoint: {self.format}, {len(self.quantized)} linears in MXFP4 (act {self.act!r}, scale mode "
+            f"{self.scale_mode!r}), {len(self.left)} left; other tensors: {others or 'none'}"
+        ]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"  left, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        lines += [f"  {name} is {other}" for name, other in self.tied.items()]
+        for what, names in (
+            ("unpacked", self.dequantized),
+            ("computed by the model", self.computed),
+            ("in the checkpoint but not in the model", self.ignored),
+        ):
+            lines += [f"  {what}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint: Checkpoint | str | pathlib.Path,
+    *,
+    act: str | None = None,
+    scale_mode: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    ignore: Sequence[str] = (),
+    dequantize_experts: bool = False,
+    progress: bool = True,
+) -> LoadSummary:
+    """Fill ``model`` from an MXFP4 checkpoint, in place.
+
+    Args:
+        model: built on the meta device (``with torch.device("meta"):``), or with data, which then stays in memory until
+            the checkpoint has been read. Its names are the checkpoint's. Tied weights need to be there once.
+        checkpoint: a path (see :func:`open_checkpoint`), or an opened checkpoint.
+        act: "mxfp4" quantises the inputs of quantised linears, "none" does not; None: as the checkpoint says.
+        scale_mode: for the inputs; None: as the checkpoint says.
+        dtype: of everything that is not MXFP4 and has a floating dtype. None: the checkpoint's dtypes, tensor by
+            tensor, whatever the model's are: no value changes.
+        device: where the model goes; None: where it is, or the CPU for the meta device.
+        ignore: patterns (``model.layers.61.*``) of tensors that the model need not have. What a transformers model
+            itself ignores (``_keys_to_ignore_on_load_unexpected``) is ignored.
+        dequantize_experts: unpack experts into modules of transformers that hold them as one parameter (GPT-OSS), in
+            ``dtype`` or bfloat16, which hold every value exactly.
+        progress: a bar on stderr, if that is a terminal.
+
+    Returns:
+        A :class:`LoadSummary`; ``print`` it. Buffers that are in no checkpoint (rotary ``inv_freq``) and on the meta
+        device are computed by the ``_init_weights`` of the transformers model they are in, and listed there.
+
+    Raises:
+        BadCheckpoint: tensors that are missing, that the model does not have, or that do not fit; all that is known
+            from the headers is in one message. Or a damaged tensor.
+        UnsupportedInput: an argument. In both cases the model was not changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
+    if dtype is not None and dtype not in _mxfp4.INPUT_DTYPES:
+        raise UnsupportedInput(f"dtype: got {dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}, or None")
+    if isinstance(ignore, str):
+        raise UnsupportedInput(f"ignore: got {ignore!r}, allowed a list of patterns; write [{ignore!r}]")
+    if isinstance(model, nn.Linear):
+        raise UnsupportedInput(
+            "model: got an nn.Linear, which cannot be replaced in place; allowed: a module that holds linears. Use "
+            "linear_from_checkpoint(checkpoint, name)"
+        )
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    plan = make_plan(model, checkpoint, ignore, dequantize_experts)
+    if plan.linears:
+        act, scale_mode = _check_activation(checkpoint, act, scale_mode)
+    where = torch.device(device) if device is not None else _device_of(model)
+    summary = LoadSummary(checkpoint.format, act or checkpoint.act, scale_mode or checkpoint.scale_mode)
+
+    # Everything is read before the model is touched. A model on the meta device costs no memory meanwhile.
+    values: dict[Slot, Tensor] = {}
+    weights: dict[nn.Module, Mxfp4Weight] = {}
+    for name, tensor in checkpoint.items(plan.names, device=where, progress=progress):
+        if not isinstance(tensor, Mxfp4Weight):
+            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            same = _equal(values.setdefault(plan.plain[name], tensor), tensor)
+        elif name in plan.experts:
+            slot, is_transposed = plan.experts[name]
+            values[slot], same = _unpacked(tensor, dtype or torch.bfloat16, is_transposed), True
+        else:
+            first = weights.setdefault(plan.linears[name], tensor)
+            same = _equal(first.codes, tensor.codes) and _equal(first.scales, tensor.scales)
+        if not same:
+            raise BadCheckpoint(
+                f"{checkpoint.entries[name].tensor}: got other values than in a tensor that the model ties to it, "
+                "allowed equal ones; untie them in the model. It was not changed"
+            )
+    biases = {module: value for slot, value in values.items() for module, name in slot.holders if name == "bias"}
+    linears: dict[nn.Module, Mxfp4Linear] = {}
+    for old, weight in weights.items():
+        linears[old] = mxfp4_linear(weight, biases.get(old), act=summary.act, scale_mode=summary.scale_mode)
+        linears[old].train(old.training)
+
+    for slot, value in values.items():
+        slot.fill(value)
+    for module, attribute, value in plan.computed.values():
+        module._buffers[attribute] = value.to(where)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in linears:
+                setattr(parent, name, linears[child])
+    if device is not None:
+        model.to(where)  # buffers that were computed elsewhere
+    _describe(summary, model, checkpoint, plan)
+    log.info("%s", summary)
+    return summary
+
+
+def linear_from_checkpoint(
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    act: str | None = None,
+    scale_mode: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Mxfp4Linear:
+    """The linear ``name`` (``model.layers.0.mlp.up_proj``) of a checkpoint, with its bias if it has one.
+
+    ``act`` and ``scale_mode`` as in :func:`load_checkpoint`.
+
+    Raises:
+        BadCheckpoint: the checkpoint has no such linear in MXFP4.
+    """
+    entry = checkpoint.entries.get(f"{name}.weight")
+    if entry is None or not entry.quantized or len(entry.shape) != 2:
+        got = "no such tensor" if entry is None else str(entry.tensor)
+        raise BadCheckpoint(
+            f"{name + '.weight'!r}: got {got}, allowed a weight [N, K] in MXFP4; list(checkpoint) has the names"
+        )
+    act, scale_mode = _check_activation(checkpoint, act, scale_mode)
+    weight: Any = checkpoint.read(f"{name}.weight", device=device)  # its entry says it is quantised
+    bias: Any = checkpoint.read(f"{name}.bias", device=device) if f"{name}.bias" in checkpoint else None
+    return mxfp4_linear(weight, bias, act=act, scale_mode=scale_mode)
+
+
+def mxfp4_linear(weight: Mxfp4Weight, bias: Tensor | None, *, act: str, scale_mode: str) -> Mxfp4Linear:
+    """The one place where linears of checkpoints are made."""
+    return Mxfp4Linear(weight.codes, weight.scales, bias, act=act, scale_mode=scale_mode)
+
+
+def _check_activation(checkpoint: Checkpoint, act: str | None, scale_mode: str | None) -> tuple[str, str]:
+    if act is not None and act not in formats.ACTS:
+        raise UnsupportedInput(f"act: got {act!r}, allowed {', '.join(map(repr, formats.ACTS))}, or None")
+    if scale_mode is not None:
+        _mxfp4.check_scale_mode(scale_mode)
+    for what, chosen, found, allowed in (
+        ("act", act, checkpoint.act, formats.ACTS),
+        ("scale_mode", scale_mode, checkpoint.scale_mode, tuple(_mxfp4.SCALE_ADDEND)),
+    ):
+        if chosen is None and found not in allowed:
+            raise BadCheckpoint(
+                f"{checkpoint.path}: got {what} {found!r} from its configuration, allowed "
+                f"{', '.join(map(repr, allowed))}; choose one with {what}="
+            )
+    return act or checkpoint.act, scale_mode or checkpoint.scale_mode
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _unpacked(weight: Mxfp4Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """``[E, N, K]`` values, or ``[E, K, N]``; one expert at a time, because float32 is eight times the packed size."""
+    experts, rows, columns = weight.shape
+    shape = (experts, columns, rows) if transposed else (experts, rows, columns)
+    out = torch.empty(shape, dtype=dtype, device=weight.codes.device)
+    for i in range(experts):
+        values = Mxfp4Weight(weight.codes[i], weight.scales[i]).dequantize(dtype)
+        out[i] = values.T if transposed else values
+    return out
+
+
+def _describe(summary: LoadSummary, model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+    summary.dequantized, summary.ignored, summary.computed = list(plan.experts), plan.ignored, list(plan.computed)
+    for slot in dict.fromkeys(plan.plain.values()):
+        dtype = getattr(*slot.holders[0]).dtype
+        summary.dtypes[dtype] = summary.dtypes.get(dtype, 0) + 1
+        first = next(name for name in slot.names if name in plan.plain)
+        summary.tied.update({name: first for name in slot.names if name != first})
+    for name, module in model.named_modules():
+        if isinstance(module, Mxfp4Linear):
+            summary.quantized.append(name)
+        elif isinstance(module, nn.Linear):
+            names = (f"{name}.weight", summary.tied.get(f"{name}.weight", name))
+            excluded = any(checkpoint.excluding(n) is not None for n in names)
+            summary.left[name] = (
+                "the checkpoint excludes it" if excluded else f"the checkpoint has it in {module.weight.dtype}"
+            )

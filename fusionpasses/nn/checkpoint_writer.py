@@ -1,0 +1,216 @@
+"""``save_checkpoint(source, path, format=...)``: writes the formats that :func:`open_checkpoint` reads.
+
+For round trips, for conversion from one format to another, and for models of :func:`quantize_mxfp4`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusionpasses.errors import BadCheckpoint, UnsupportedInput
+from fusionpasses.nn import _checkpoint_files as files
+from fusionpasses.nn import _checkpoint_formats as formats
+from fusionpasses.nn._checkpoint_plan import slots_of
+from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint, scale_bytes
+from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
+from fusionpasses.ops import _mxfp4
+
+Tensors = Mapping[str, "Tensor | Mxfp4Weight"] | Iterable[tuple[str, "Tensor | Mxfp4Weight"]]
+
+_PLAIN = (*_mxfp4.INPUT_DTYPES, torch.float64, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def save_checkpoint(
+    source: nn.Module | Checkpoint | Tensors,
+    path: str | pathlib.Path,
+    *,
+    format: str,
+    act: str | None = None,
+    scale_mode: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write an MXFP4 checkpoint: ``config.json`` and ``model.safetensors``, or shards and their index.
+
+    Nothing is quantised: what is an Mxfp4Linear or an Mxfp4Weight is written packed, byte for byte, and the rest as it
+    is, listed in the configuration as excluded. At most one shard is in memory.
+
+    Args:
+        source: a module, a :class:`Checkpoint` (to convert it), or names and tensors, as ``checkpoint.items()`` gives.
+        path: a folder. It is written under another name beside it and renamed when it is complete and could be opened.
+        format: "quark", "gpt_oss" or "compressed_tensors". GPT-OSS has expert parameters ``[E, N, K]`` only.
+        act: "mxfp4" or "none": does the model quantise the inputs of its linears? None: as the source does.
+        scale_mode: for those inputs. None: as the source does, or "even".
+        config: the other entries of config.json. None: those of the source.
+        max_shard_bytes: a larger checkpoint is split; a larger tensor has a file of its own.
+        overwrite: replace the checkpoint that is in ``path``, file by file; other files there are kept.
+
+    Raises:
+        UnsupportedInput: an argument, or a tensor, that the format does not have.
+        BadCheckpoint: there is a checkpoint in ``path``, or a scale is NaN. In both cases ``path`` was not changed.
+    """
+    spelling, path = formats.check_format(format), pathlib.Path(path)
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes <= 0:
+        raise UnsupportedInput(f"max_shard_bytes: got {max_shard_bytes!r}, allowed a positive number of bytes")
+    found_act, found_mode, found_config = _settings_of(source, spelling)
+    settings = formats.Settings(act or found_act, scale_mode or found_mode)
+    formats.check_settings(spelling, settings)
+    if path.is_file() or path.suffix == ".safetensors":
+        raise UnsupportedInput(f"path: got {str(path)!r}, allowed a folder")
+    old = [path / name for name in (files.SINGLE, files.INDEX) if (path / name).exists()]
+    if old and not overwrite:
+        raise BadCheckpoint(f"{path}: got {old[0].name} in it, allowed no checkpoint; overwrite=True replaces it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    temporary.mkdir()
+    try:
+        excluded = _write_tensors(_spelled(_tensors_of(source), spelling), temporary, max_shard_bytes)
+        settings = formats.Settings(settings.act, settings.scale_mode, tuple(excluded))
+        document = {**(found_config if config is None else config)}
+        document.pop("compression_config", None)
+        document["quantization_config"] = spelling.write_settings(settings)
+        (temporary / files.CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        for file in temporary.iterdir():
+            shutil.copymode(temporary / files.CONFIG, file)  # safetensors lets nobody else read what it writes
+        open_checkpoint(temporary)  # names that mean something else in this format are refused here
+        _publish(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    stale = {files.SINGLE, files.INDEX}
+    if (path / files.INDEX).exists():
+        stale |= set(files.read_json(path / files.INDEX).get("weight_map", {}).values())
+    new = sorted(file.name for file in temporary.iterdir())
+    for name in stale - set(new):
+        if pathlib.PurePath(name).name == name:  # never outside of the folder
+            (path / name).unlink(missing_ok=True)
+    for name in new:
+        (temporary / name).replace(path / name)
+
+
+def _settings_of(source: object, spelling: formats.Format) -> tuple[str, str, dict[str, Any]]:
+    """act, scale mode and config.json of a source."""
+    if isinstance(source, Checkpoint):
+        return source.act, source.scale_mode, dict(source.config)
+    if isinstance(source, nn.Module):
+        linears = [m for m in source.modules() if isinstance(m, Mxfp4Linear)]
+        acts = {linear.act for linear in linears} or {spelling.act_without_config}
+        modes = {linear.scale_mode for linear in linears} or {"even"}
+        if len(acts) > 1 or len(modes) > 1:
+            raise UnsupportedInput(
+                f"source: got linears with acts {sorted(acts)} and scale modes {sorted(modes)}, allowed one of each: a "
+                "checkpoint says it once for all"
+            )
+        config: Any = getattr(source, "config", None)
+        document: dict[str, Any] = {}
+        if hasattr(config, "to_json_string"):
+            document = {"architectures": [type(source).__name__], **json.loads(config.to_json_string())}
+        return acts.pop(), modes.pop(), document
+    return spelling.act_without_config, "even", {}
+
+
+def _tensors_of(source: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(source, nn.Module):
+        for slot in dict.fromkeys(slots_of(source).values()):
+            module, attribute = slot.holders[0]
+            if isinstance(module, Mxfp4Linear) and attribute == "weight":
+                yield slot.names[0], Mxfp4Weight(*module.checkpoint_weight())
+            else:
+                yield slot.names[0], slot.tensor
+    elif isinstance(source, Checkpoint | Mapping):
+        yield from source.items()
+    elif isinstance(source, Iterable):
+        yield from source
+    else:
+        raise UnsupportedInput(
+            f"source: got {type(source).__name__}, allowed a module, a Checkpoint, or names and tensors"
+        )
+
+
+def _spelled(tensors: Iterable[tuple[str, Any]], spelling: formats.Format) -> Iterator[tuple[str, Tensor, str | None]]:
+    """(name in the file, tensor, name of a module that is not quantised or None) of every tensor."""
+    for name, tensor in tensors:
+        if isinstance(tensor, Mxfp4Weight):
+            codes = tensor.codes
+            if spelling.blocks_apart:
+                if codes.dim() != 3:
+                    raise UnsupportedInput(
+                        f"{name!r}: got an MXFP4 weight of shape {list(tensor.shape)}, allowed experts [E, N, K] in "
+                        f"{spelling.name!r}; write linears as 'quark' or 'compressed_tensors'"
+                    )
+                codes = codes.unflatten(-1, (-1, _mxfp4.BLOCK // 2))
+            if spelling.parameter_of_codes(name + spelling.codes_suffix) is None:
+                raise UnsupportedInput(
+                    f"{name!r}: got an MXFP4 weight of this name, allowed names that end in '.weight' in "
+                    f"{spelling.name!r}"
+                )
+            yield name + spelling.codes_suffix, codes, None
+            scales = scale_bytes(repr(name), tensor.scales)
+            yield name + spelling.scales_suffix, scales, None
+        elif isinstance(tensor, Tensor) and tensor.dtype in _PLAIN and not tensor.is_meta:
+            is_weight = tensor.dim() >= 2 and name.endswith(".weight")
+            yield name, tensor, name.removesuffix(".weight") if is_weight else None
+        else:
+            got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UnsupportedInput(
+                f"{name!r}: got {got}, allowed an Mxfp4Weight, or a tensor with data in {', '.join(map(str, _PLAIN))}"
+            )
+
+
+def _write_tensors(
+    tensors: Iterable[tuple[str, Tensor, str | None]], folder: pathlib.Path, max_shard_bytes: int
+) -> list[str]:
+    """Write the files and, if there are several, their index. Returns the modules that are not quantised."""
+    save_file = files.require("safetensors.torch").save_file
+    shards: list[list[str]] = []
+    excluded: list[str] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        shards.append(list(shard))
+        # transformers refuses files without this.
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shard, size = {}, 0
+
+    seen: set[str] = set()
+    for name, tensor, plain in tensors:
+        if name in seen:
+            raise UnsupportedInput(f"{name!r}: got it twice, allowed every name once")
+        seen.add(name)
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+        # A copy of its own: safetensors refuses tensors that share memory.
+        shard[name] = tensor.detach().cpu().contiguous().clone()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+        excluded += [plain] if plain is not None else []
+    if not seen:
+        raise UnsupportedInput("source: got no tensors, allowed at least one")
+    flush()
+    if len(shards) == 1:
+        (folder / "1.part").rename(folder / files.SINGLE)
+        return excluded
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for i, name in enumerate(names, 1):
+        (folder / f"{i}.part").rename(folder / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {tensor: file for file, held in zip(names, shards) for tensor in held},
+    }
+    (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return excluded
