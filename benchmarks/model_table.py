@@ -31,15 +31,16 @@ def proof(name: str, dtype: str, dynamic: bool, device: str) -> bool:
     with torch.no_grad():
         result = capture(model, (tokens,), dynamic=dynamic)
     counts = result.report.counts
-    got = counts.get("rmsnorm_mxfp4_quant", 0), counts.get("rmsnorm_add_mxfp4_quant", 0)
+    got = tuple(counts.get(f"{op}_mxfp4_quant", 0) for op in ("rmsnorm", "rmsnorm_add", "silu_mul"))
     quants = sum(len(s.anchors) for s in result.report.fused if s.pass_name == "rmsnorm_mxfp4_quant")
     c = result.comparison
-    right = got == (tiny.fused, tiny.fused_add) and quants == tiny.quants and not result.report.refused
+    right = got == (tiny.fused, tiny.fused_add, tiny.gated) and quants == tiny.quants and not result.report.refused
     providers = ",".join(sorted({s.provider for s in result.report.fused}))
     difference = "equal" if not c.unequal else f"{c.max_abs:.2g} / {c.bytes_differ:.2%} of bytes"
     print(
-        f"{name:12} {dtype:5} {'dynamic' if dynamic else 'static':8} {tiny.fused:>2} + {tiny.fused_add:<2} "
-        f"{got[0]:>2} + {got[1]:<2} {quants:>6} {len(result.report.refused):>8}  {providers:10} "
+        f"{name:12} {dtype:5} {'dynamic' if dynamic else 'static':8} "
+        f"{tiny.fused:>2} + {tiny.fused_add} + {tiny.gated:<2} "
+        f"{got[0]:>2} + {got[1]} + {got[2]:<2} {quants:>6} {len(result.report.refused):>8}  {providers:10} "
         f"{c.tensors:>3} tensors: {difference}",
         flush=True,
     )
@@ -77,9 +78,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only-compiled", action="store_true", help="leave the first table out")
     options = parser.parse_args(arguments)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}; sites are rmsnorm_mxfp4_quant + rmsnorm_add_mxfp4_quant")
+    print(f"{where}, torch {torch.__version__}; sites: rmsnorm + rmsnorm_add + silu_mul _mxfp4_quant")
     print(
-        f"{'model':12} {'dtype':5} {'sizes':8} {'expect':7} {'fused':7} {'quants':>6} {'refused':>8}  provider   values"
+        f"{'model':12} {'dtype':5} {'sizes':8} {'expect':11} {'fused':11} {'quants':>6} {'refused':>8}  provider   "
+        "values"
     )
     right = True
     for name in options.models:

@@ -12,8 +12,8 @@ Gemma 3         input (q, k, v), pre-feedforward (gate, up)                     
 GPT-OSS         input (q, k, v); its experts are no nn.Linear                          3
 ==============  =====================================================================  ==================
 
-A norm at the start of a block follows a residual add, except the very first, which reads the embedding. Linears that
-follow no norm (attention output, down projection) have a quant each that nothing can be fused with.
+A norm at the start of a block follows a residual add, except the very first, which reads the embedding. The down
+projection of an MLP follows its gated activation. The attention output has a quant that nothing can be fused with.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class TinyModel:
     build: Callable[[], Any]
     fused: int  # rmsnorm_mxfp4_quant
     fused_add: int  # rmsnorm_add_mxfp4_quant
-    quants: int  # quants that disappear into those
-    left: int  # quants that follow no norm
+    quants: int  # quants that disappear into those two
+    left: int  # quants that follow neither
+    gated: int = 0  # silu_mul_mxfp4_quant, one quant each
     filter: Callable[[str, torch.nn.Module], bool] | None = None
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> Any:
@@ -105,12 +106,12 @@ _COMMON: dict[str, Any] = {
 }
 
 MODELS: dict[str, TinyModel] = {
-    "llama": TinyModel(_llama, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=2 * LAYERS),
-    "qwen3": TinyModel(_qwen3, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=2 * LAYERS),
+    "llama": TinyModel(_llama, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=LAYERS, gated=LAYERS),
+    "qwen3": TinyModel(_qwen3, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=LAYERS, gated=LAYERS),
     "deepseek_v3": TinyModel(
-        _deepseek_v3, fused=2 * LAYERS + 1, fused_add=2 * LAYERS - 1, quants=6 * LAYERS, left=2 * LAYERS
+        _deepseek_v3, fused=2 * LAYERS + 1, fused_add=2 * LAYERS - 1, quants=6 * LAYERS, left=LAYERS, gated=LAYERS
     ),
-    "gemma3": TinyModel(_gemma3, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=2 * LAYERS),
+    "gemma3": TinyModel(_gemma3, fused=1, fused_add=2 * LAYERS - 1, quants=5 * LAYERS, left=LAYERS, gated=LAYERS),
     "gpt_oss": TinyModel(
         _gpt_oss,
         fused=1,

@@ -6,8 +6,8 @@ The model is written here in plain PyTorch, as serving engines write it: its res
 writes are ordinary code. A batch of sequences of different lengths is prefilled and then decoded greedily, by eager and
 by compiled code. Checked on the way:
 
-- in every layer the rotations and the cache write became ``fused_rope_mla_kv_cache``, and every norm that feeds a
-  quantised linear became norm + quant;
+- in every layer the rotations and the cache write became ``fused_rope_mla_kv_cache``, and every norm and activation
+  that feeds a quantised linear became one op with its quant;
 - each graph computes the same before and after the passes, byte for byte, when it is interpreted on its real input;
 - compiled code generates eager's tokens and caches, with the roundings that Inductor drops put back. On a GPU, where
   kernels sum in another order than eager and MXFP4 enlarges a last bit, its logits are near eager's instead.
@@ -315,7 +315,8 @@ def expected_ops(config: MlaConfig) -> dict[str, int]:
         "concat_and_cache_mla": 0,
         "rmsnorm_mxfp4_quant": layers + 1,  # q_a's, and the very first, before which nothing is added
         "rmsnorm_add_mxfp4_quant": 2 * layers - 1,
-        "dynamic_mxfp4_quant": 2 * layers,  # o_proj and down_proj follow no norm
+        "silu_mul_mxfp4_quant": layers,  # down_proj's
+        "dynamic_mxfp4_quant": layers,  # o_proj's follows neither
         "mxfp4_gemm": 5 * layers,
     }
 

@@ -146,7 +146,8 @@ class Pipeline(CustomGraphPass):
         start = time.perf_counter()
         pin_providers(graph)
         seconds = time.perf_counter() - start
-        for number, fusion_pass in enumerate(self.passes()):
+        passes = self.passes()
+        for number, fusion_pass in enumerate(passes):
             if dump is not None:
                 dump.before(number, fusion_pass, module)
             self._trace(module, f"fusionpasses_before_{fusion_pass.name}")
@@ -160,10 +161,12 @@ class Pipeline(CustomGraphPass):
                 report.messages.append(
                     f"pass {fusion_pass.name} was switched off by TORCHINDUCTOR_DISABLED_PASSES or the bisector"
                 )
-            report.sites += fusion_pass.sites
             if dump is not None:
                 dump.after(number, fusion_pass, module)
             self._trace(module, f"fusionpasses_after_{fusion_pass.name}")
+        from fusionpasses.patterns._pass import verdicts
+
+        report.sites = verdicts(passes)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
             self._observe("after", graph)

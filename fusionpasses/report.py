@@ -21,7 +21,11 @@ FROM_CACHE = "from cache"
 CACHE_UNKNOWN = "from cache, report unavailable"
 
 #: What each pass starts from, for readers.
-ANCHORS = {"rmsnorm_mxfp4_quant": "quant", "fused_rope_mla_kv_cache": "cache write"}
+ANCHORS = {
+    "rmsnorm_mxfp4_quant": "quant",
+    "silu_mul_mxfp4_quant": "quant",
+    "fused_rope_mla_kv_cache": "cache write",
+}
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')
 _ROOT = re.compile(r"^L\['(?:self|fn)'\](?:\.|$)")  # fn: how Dynamo calls a module of torch's own, like nn.Sequential

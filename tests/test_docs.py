@@ -54,7 +54,7 @@ def test_quickstart():
     result = run("examples/quickstart.py")
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert "12 sites fused (18 quants), 0 refused, 9 with nothing to fuse" in out
+    assert "15 sites fused (21 quants), 0 refused, 6 with nothing to fuse" in out
     assert "model.layers.1.post_attention_layernorm" in out
     assert "modeling_deepseek_v3.py" in out
     assert "k has one head and q 4, as in MLA, but k is expanded to all heads" in out

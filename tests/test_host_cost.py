@@ -107,7 +107,13 @@ def recorder() -> Iterator[Recorder]:
 
 
 def _kernels() -> list[Any]:
-    from fusionpasses.kernels import dynamic_mxfp4_quant, mxfp4_gemm, rmsnorm_mxfp4_quant, rope_mla_kv_cache
+    from fusionpasses.kernels import (
+        dynamic_mxfp4_quant,
+        mxfp4_gemm,
+        rmsnorm_mxfp4_quant,
+        rope_mla_kv_cache,
+        silu_mul_mxfp4_quant,
+    )
 
     return [
         mxfp4_gemm.mxfp4_gemm,
@@ -116,6 +122,7 @@ def _kernels() -> list[Any]:
         dynamic_mxfp4_quant.dynamic_mxfp4_quant,
         rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
         rope_mla_kv_cache.rope_mla_kv_cache,
+        silu_mul_mxfp4_quant.silu_mul_mxfp4_quant,
     ]
 
 
@@ -149,6 +156,14 @@ class Call:
         tensors = [x]
         if "add" in self.name:
             tensors.append(_rows(tuple(x.shape[:-1]), n, self.dtype, self.residual_offset, self.residual_padding))
+        if "silu" in self.name:
+            up = _rows(tuple(x.shape[:-1]), n, self.dtype, self.residual_offset, self.residual_padding)
+            return [x, up], {
+                "activation": "silu" if self.eps else "gelu_tanh",
+                "cast_order": self.cast_order.replace("scale", "mul"),
+                "act_dtype": torch.float32 if self.wide_norm else None,
+                "scale_mode": self.scale_mode,
+            }
         weight = None
         if self.weight is not None:
             weight = _rows((), n, self.dtype if self.weight != torch.float32 else self.weight, self.weight_offset, 0)

@@ -109,7 +109,9 @@ def test_every_site_of_every_layer_fuses(step):
     ropes = [site for site in report.fused if site.pass_name == ROPE]
     assert sorted(site.where.module for site in ropes) == [f"layers.{i}.attention" for i in range(layers)]
     assert {site.op for site in ropes} == {f"{ROPE}.absorbed_bmm"}
-    norms = sorted(site.where.module for site in report.fused if site.pass_name != ROPE)
+    mlps = sorted(site.where.module for site in report.fused if site.pass_name == "silu_mul_mxfp4_quant")
+    assert mlps == [f"layers.{i}.mlp" for i in range(layers)]
+    norms = sorted(site.where.module for site in report.fused if site.op.startswith("rmsnorm"))
     names = ("attention.q_a_norm", "input_norm", "post_attention_norm")
     assert norms == [f"layers.{i}.{name}" for i in range(layers) for name in names]
 
@@ -123,6 +125,7 @@ def test_the_script_compiles_compares_and_says_so(capsys):
         f"2 fused into {ROPE}.absorbed_bmm",
         "3 fused into rmsnorm_mxfp4_quant.default",
         "3 fused into rmsnorm_add_mxfp4_quant.default",
+        "2 fused into silu_mul_mxfp4_quant.default",
         ", 0 differ",
     ):
         assert said.count(line) == 2, said

@@ -20,8 +20,9 @@ def expected_counts(name):
     return {
         "rmsnorm_mxfp4_quant": tiny.fused,
         "rmsnorm_add_mxfp4_quant": tiny.fused_add,
+        "silu_mul_mxfp4_quant": tiny.gated,
         "dynamic_mxfp4_quant": tiny.left,
-        "mxfp4_gemm": tiny.quants + tiny.left,
+        "mxfp4_gemm": tiny.quants + tiny.gated + tiny.left,
     }
 
 
@@ -42,12 +43,12 @@ def test_every_site_fuses_and_no_byte_changes(name, dtype, dynamic, device):
         for op, count in graph.ops_after.items():
             counts[op] = counts.get(op, 0) + count
     assert {op: counts.get(op, 0) for op in expected_counts(name)} == expected_counts(name), str(result.report)
-    assert sum(len(site.anchors) for site in result.report.fused) == tiny.quants
+    assert sum(len(site.anchors) for site in result.report.fused) == tiny.quants + tiny.gated
     assert not result.report.refused, str(result.report)
-    # None wrongly fused: every site is a norm of the model, named, and found in transformers' source.
+    # None wrongly fused: every site is a norm or an MLP of the model, named, and found in transformers' source.
     for site in result.report.fused:
         assert site.provider == ("reference" if device == "cpu" else "triton")
-        assert site.where.module.endswith("norm"), site
+        assert site.where.module.endswith("norm" if "norm" in site.op else ("mlp", "shared_experts", "act_fn")), site
         assert "modeling_" in site.where.line, site
         assert all(anchor.module.endswith("proj") or "proj" in anchor.module for anchor in site.anchors), site
     # The interpreted graph is eager's computation. In float32, AOTAutograd's decompositions of SiLU and softmax differ
@@ -98,7 +99,11 @@ def test_compiled_llama_is_eager_byte_for_byte_when_casts_are_emulated(fused_bac
         compiled = torch.compile(model, backend=backend)(tokens).logits
         assert torch.equal(compiled, model(tokens).logits)
     if fused_backend:
-        assert backend.report.counts == {"rmsnorm_mxfp4_quant": 1, "rmsnorm_add_mxfp4_quant": 3}
+        assert backend.report.counts == {
+            "rmsnorm_mxfp4_quant": 1,
+            "rmsnorm_add_mxfp4_quant": 3,
+            "silu_mul_mxfp4_quant": 2,
+        }
 
 
 @pytest.mark.gpu
@@ -119,6 +124,6 @@ def test_compiled_on_the_gpu_with_and_without_cuda_graphs(mode, capfd):
             torch.compiler.cudagraph_mark_step_begin()
             got = compiled(tokens, use_cache=False).logits.clone()
             assert torch.equal(got, model(tokens, use_cache=False).logits)
-    assert backend.report.counts == {"rmsnorm_mxfp4_quant": 1, "rmsnorm_add_mxfp4_quant": 3}
+    assert backend.report.counts == {"rmsnorm_mxfp4_quant": 1, "rmsnorm_add_mxfp4_quant": 3, "silu_mul_mxfp4_quant": 2}
     assert {s.provider for s in backend.report.fused} == {"triton"}
     assert "skipping cudagraphs" not in capfd.readouterr().err

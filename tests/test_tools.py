@@ -70,7 +70,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 CONFIG = configs.Config("sm_100", "add+norm", "bf16", 7168, 1024)
-QUANTS, CACHE = codegen.FAMILIES
+QUANTS, GATED, CACHE = codegen.FAMILIES
 GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
@@ -119,7 +119,7 @@ def test_the_table_is_stale_once_the_code_changes():
 
 def test_every_file_of_the_kernels_decides_the_hash_of_a_family():
     files = {path.stem for path in (ROOT / "fusionpasses" / "kernels").glob("*.py")} - {"__init__"}
-    assert set(QUANTS.files) | set(CACHE.files) == files
+    assert set().union(*(family.files for family in codegen.FAMILIES)) == files
 
 
 @needs_triton
@@ -127,9 +127,10 @@ def test_every_file_of_the_kernels_decides_the_hash_of_a_family():
     ("family", "files", "change"),
     [
         (QUANTS, ("_pieces", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
+        (GATED, ("_pieces", "silu_mul_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
         (CACHE, ("_pieces", "rope_mla_kv_cache"), {"negative_slots": "wrap"}),
     ],
-    ids=("quants", "cache"),
+    ids=("quants", "gated", "cache"),
 )
 def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch, family, files, change):
     kernels = pathlib.Path("fusionpasses", "kernels")
@@ -201,7 +202,7 @@ def test_spills_are_read_from_the_code_object():
 
 def test_pairwise_configurations_cover_every_pair():
     chosen = configs.pairwise()
-    assert len(chosen) < 170
+    assert len(chosen) < 210
     quants = [c for c in chosen if isinstance(c, configs.Config)]
     for left, right in itertools.combinations(configs.FACTORS, 2):
         norms_only = {left, right} & {"weight", "cast_order", "norm_dtype"}
@@ -210,6 +211,10 @@ def test_pairwise_configurations_cover_every_pair():
         if norms_only:
             wanted = {pair for pair in wanted if "quant" not in pair}
         assert met == wanted, (left, right)
+    gated = [c for c in chosen if isinstance(c, configs.GatedConfig)]
+    for left, right in itertools.combinations(configs.GATED_FACTORS, 2):
+        met = {(getattr(c, left), getattr(c, right)) for c in gated}
+        assert met == set(itertools.product(configs.GATED_FACTORS[left], configs.GATED_FACTORS[right])), (left, right)
     writes = [
         dataclasses.asdict(c) | {"amount": (c.tokens, c.heads)} for c in chosen if isinstance(c, configs.CacheConfig)
     ]

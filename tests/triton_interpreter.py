@@ -43,3 +43,28 @@ def cast_bfloat16_as_gpus_do() -> None:
         return cast(self, src, dst_type)
 
     InterpreterBuilder.cast_impl = patched
+
+
+def fuse_multiply_add_as_gpus_do() -> None:
+    """The interpreter's own rounds the product, too."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_fma
+
+    def patched(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if x.data.dtype != np.float32:
+            return plain(self, x, y, z)
+        with np.errstate(all="ignore"):
+            product = x.data.astype(np.float64) * y.data  # exact
+            addend = z.data.astype(np.float64)
+            total = product + addend
+            kept = total - product
+            lost = (product - (total - kept)) + (addend - kept)
+            # To odd, if anything was lost: then rounding once more is rounding once.
+            bits = total.view(np.int64)
+            inexact = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
+            bits = bits + np.where(inexact, np.where((lost > 0) == (total > 0), 1, -1), 0)
+            return TensorHandle(bits.view(np.float64).astype(np.float32), x.dtype.scalar)
+
+    InterpreterBuilder.create_fma = patched

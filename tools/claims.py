@@ -31,10 +31,12 @@ def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
     ``maxima``: of float32, for the scale; ``rounded``: two float32 to 16 bits.
     """
     f = launch.constants
-    dtype = launch.signature["x_ptr" if "x_ptr" in launch.signature else "k_pe_ptr"][1:]
+    dtype = next(launch.signature[name][1:] for name in ("x_ptr", "gate_ptr", "k_pe_ptr") if name in launch.signature)
     counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
     if "cos_ptr" in f | launch.signature:
         counts |= _of_a_rotation(launch, dtype)
+    elif "gate_ptr" in launch.signature:
+        counts |= _of_a_gated_quant(launch, dtype, warp_size)
     else:
         counts |= _of_a_quant(launch, warp_size)
     ptx = f["ISA"] == arch.PTX
@@ -78,6 +80,22 @@ def _of_a_quant(launch: Launch, warp_size: int) -> dict[str, int]:
         "codes": sixteen * words,
         "maxima": sixteen * (not words),
         "rounded": sixteen * short * (rounds_first + (rounds_last and not in_words)),
+    }
+
+
+def _of_a_gated_quant(launch: Launch, dtype: str, warp_size: int) -> dict[str, int]:
+    """As a quant of the product; a sigmoid that is rounded has one product more."""
+    f = launch.constants
+    short, multiplies_words = dtype != "fp32", f["CAST_ORDER"] != "mul_cast"
+    rounds = short and (multiplies_words or f["ROUND_RESULT"])
+    words = rounds and f["ISA"] == arch.PTX
+    sixteen = 16 * max(f["TILE_BLOCKS"] // (launch.options["num_warps"] * warp_size), 1)
+    products = multiplies_words + (f["CAST_ORDER"] == "cast_each")
+    return {
+        "pairs": sixteen * (2 * words + (words and dtype == "fp16") + short * products),
+        "codes": sixteen * words,
+        "maxima": sixteen * (not words),
+        "rounded": sixteen * rounds,
     }
 
 

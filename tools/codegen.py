@@ -35,12 +35,14 @@ from tools import claims
 from tools.configs import (
     CACHE_CHAINS,
     CHAINS,
+    GATED_CHAINS,
     ROWS,
     TARGETS,
     WIDTHS,
     AnyConfig,
     CacheConfig,
     Config,
+    GatedConfig,
     every,
     pairwise,
 )
@@ -68,6 +70,13 @@ FAMILIES = (
         tuple(CHAINS),
         ("_pieces", "arch", "_mxfp4", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant"),
         f"the heuristics asked at\n{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
+    ),
+    Family(
+        "gated",
+        GatedConfig,
+        tuple(GATED_CHAINS),
+        ("_pieces", "arch", "_mxfp4", "silu_mul_mxfp4_quant"),
+        "all pairs of\nwidths, rows, strides, dtypes, activations, roundings and scale modes, on each target.",
     ),
     Family(
         "cache",

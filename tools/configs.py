@@ -20,6 +20,11 @@ CHAINS = {
     "add+norm": "rmsnorm_add_mxfp4_quant.default",
     "add+norm, stored": "rmsnorm_add_mxfp4_quant.with_norm",
 }
+#: Op of each chain of a gated MLP that ends in a quant.
+GATED_CHAINS = {
+    "silu*mul": "silu_mul_mxfp4_quant.default",
+    "silu*mul, stored": "silu_mul_mxfp4_quant.with_act",
+}
 #: Op of each chain that ends in the MLA cache.
 CACHE_CHAINS = {
     "rope+cache": "fused_rope_mla_kv_cache.default",
@@ -109,6 +114,44 @@ def _slice(rows: int, n: int, before: int, after: int, dtype: torch.dtype) -> to
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedConfig:
+    """A call of an activation, a product and a quant on a target."""
+
+    target: str
+    chain: str
+    dtype: str
+    n: int
+    rows: int
+    halves: bool = True  # gate and up are slices of one tensor
+    layout: str = "contiguous"
+    scale_mode: str = "even"
+    activation: str = "silu"
+    cast_order: str = "cast_mul"
+    act_dtype: str = "same"  # as gate's, or "fp32"
+
+    sums = False
+
+    def __str__(self) -> str:
+        rest = ["halves" if self.halves else "apart", self.layout, self.scale_mode]
+        rest += [self.activation, self.cast_order, f"act dtype {self.act_dtype}"]
+        return f"{self.target} {self.chain} {self.dtype} {self.rows} x {self.n} ({', '.join(rest)})"
+
+    def call(self) -> Call:
+        dtype, apart = DTYPES[self.dtype], LAYOUTS[self.layout]
+        after = self.n + apart if self.halves else apart
+        gate = _slice(self.rows, self.n, 0, after, dtype)
+        up = _slice(self.rows, self.n, self.n, apart, dtype) if self.halves else torch.empty_like(gate)
+        keywords = {
+            "activation": self.activation,
+            # The sigmoid alone has a third one.
+            "cast_order": self.cast_order if self.activation == "x_sigmoid" else self.cast_order.replace("each", "mul"),
+            "act_dtype": dtype if self.act_dtype == "same" else torch.float32,
+            "scale_mode": self.scale_mode,
+        }
+        return GATED_CHAINS[self.chain], [gate, up], keywords
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """A call of an op that writes to the MLA cache."""
 
@@ -188,7 +231,7 @@ SIZES = {"DeepSeek": (512, 512, 64), "odd": (36, 33, 6)}
 
 #: The op's name, and arguments without data.
 Call = tuple[str, list[Any], dict[str, Any]]
-AnyConfig = Config | CacheConfig
+AnyConfig = Config | GatedConfig | CacheConfig
 
 
 #: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
@@ -213,6 +256,20 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weight": ("same", "fp32", "none"),
     "cast_order": _CAST_ORDERS,
     "norm_dtype": ("default", "same", "fp32"),
+}
+
+GATED_FACTORS: dict[str, tuple[Any, ...]] = {
+    "target": tuple(TARGETS),
+    "chain": tuple(GATED_CHAINS),
+    "dtype": tuple(DTYPES),
+    "n": (32, 2048, 2880, 18432),
+    "rows": (1, 1024, 1 << 20),  # the last also for tensors over 2 GiB
+    "halves": (True, False),
+    "layout": tuple(LAYOUTS),
+    "scale_mode": ("even", "floor", "rceil", "ceil"),
+    "activation": ("silu", "gelu_tanh", "x_sigmoid"),
+    "cast_order": ("cast_mul", "mul_cast", "cast_each"),
+    "act_dtype": ("same", "fp32"),
 }
 
 CACHE_FACTORS: dict[str, tuple[Any, ...]] = {
@@ -276,7 +333,9 @@ def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[s
 
 
 def pairwise() -> list[AnyConfig]:
-    return [*(Config(**row) for row in covering(FACTORS)), *map(_cache_config, covering(CACHE_FACTORS))]
+    quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
+    gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
+    return [*quants, *gated, *map(_cache_config, covering(CACHE_FACTORS))]
 
 
 def _cache_config(row: dict[str, Any]) -> CacheConfig:
@@ -322,7 +381,8 @@ def every(launches: Launches) -> list[AnyConfig]:
             # Other arguments may lead to another tile; the plain ones lead to this one.
             others = (dataclasses.replace(plain, **turns[(at + i) % len(turns)]) for i in range(len(turns)))
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
-    return configs
+    # A gated quant's tile depends on the number of blocks alone, and the subset has both.
+    return [*configs, *(config for config in pairwise() if isinstance(config, GatedConfig))]
 
 
 def _kind(config: Config, launch: Any) -> tuple[Any, ...]:

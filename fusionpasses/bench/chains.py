@@ -34,20 +34,28 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """[residual add,] [RMSNorm,] MXFP4 quant of bfloat16."""
+    """[residual add,] [RMSNorm or silu(gate) * up,] MXFP4 quant of bfloat16."""
 
     name: str
     op: str
     norms: bool
     adds: bool = False
     stores_norm: bool = False
+    gates: bool = False
+
+    @property
+    def rounds_elsewhere(self) -> bool:
+        """May a last bit of an rsqrt or an exp show in the bytes?"""
+        return self.norms or self.gates
 
     def bytes_moved(self, rows: int, n: int) -> int:
         """Inputs and outputs once, without the weight."""
-        full_width = 1 + 2 * self.adds + self.stores_norm  # x; residual and sum; norm
+        full_width = 1 + 2 * self.adds + self.stores_norm + self.gates  # x; residual and sum; norm; up
         return rows * (2 * n * full_width + n // 2 + n // _mxfp4.BLOCK)
 
     def inputs(self, rows: int, n: int, device: str) -> tuple[Tensor, ...]:
+        if self.gates:  # halves of one tensor, as a model that joins both products has them
+            return torch.randn(rows, 2 * n, device=device).bfloat16().chunk(2, -1)
         return tuple(torch.randn(rows, n, device=device).bfloat16() for _ in range(1 + self.adds))
 
     def reference(self, settings: Settings) -> Run:
@@ -62,6 +70,8 @@ class Chain:
 
         def run(*tensors: Tensor) -> Outputs:
             *inputs, weight = tensors
+            if self.gates:
+                return quant(torch.nn.functional.silu(inputs[0]) * inputs[1])
             total = inputs[0] + inputs[1] if self.adds else inputs[0]
             norm = _rms_norm.reference(total, weight, EPS, settings.cast_order, None) if self.norms else total
             codes, scales = quant(norm)
@@ -72,6 +82,8 @@ class Chain:
     def _of_op(self, op: Callable[..., Outputs], settings: Settings) -> Run:
         def run(*tensors: Tensor) -> Outputs:
             *inputs, weight = tensors
+            if self.gates:
+                return tuple(op(*inputs, cast_order="cast_mul", scale_mode=settings.scale_mode))
             if not self.norms:
                 return tuple(op(*inputs, settings.scale_mode))
             return tuple(
@@ -87,6 +99,7 @@ CHAINS = (
     Chain("norm+quant,norm", "rmsnorm_mxfp4_quant.with_norm", norms=True, stores_norm=True),
     Chain("add+norm+quant", "rmsnorm_add_mxfp4_quant.default", norms=True, adds=True),
     Chain("add+norm+quant,norm", "rmsnorm_add_mxfp4_quant.with_norm", norms=True, adds=True, stores_norm=True),
+    Chain("silu*mul+quant", "silu_mul_mxfp4_quant.default", norms=False, gates=True),
 )
 
 
@@ -123,6 +136,7 @@ OURS = "our-"
 INDUCTOR_CASTS = "inductor"
 INDUCTOR_DEFAULT = "inductor-default-casts"
 INDUCTOR_NORM = "inductor-norm,our-quant"
+INDUCTOR_GATED = "inductor-silu*mul,our-quant"
 
 
 def contenders(chain: Chain, settings: Settings, device: str, skip: frozenset[str]) -> list[Contender]:
@@ -138,10 +152,10 @@ def contenders(chain: Chain, settings: Settings, device: str, skip: frozenset[st
     # Without this Inductor keeps the norm in float32 where the model rounds it, and 0.6% of the bytes differ.
     as_eager = {"emulate_precision_casts": True}
     found.append(Contender(INDUCTOR_CASTS, compiled(traced, options=as_eager)))
-    if chain.norms:
+    if chain.rounds_elsewhere:
         opaque = chain.composed(settings, functools.partial(_opaque_quant, scale_mode=settings.scale_mode))
         found.append(Contender(INDUCTOR_DEFAULT, compiled(traced), exact=False))
-        found.append(Contender(INDUCTOR_NORM, compiled(opaque, options=as_eager)))
+        found.append(Contender(INDUCTOR_NORM if chain.norms else INDUCTOR_GATED, compiled(opaque, options=as_eager)))
     return [contender for contender in found if contender.name not in skip]
 
 

@@ -111,7 +111,7 @@ def _check_and_time(
     contender: Contender, inputs: Sequence[Outputs], want: Outputs, yardstick: float | None, chain: Chain
 ) -> dict[str, Any]:
     found = deviation(contender.run(*inputs[0]), want)
-    result = judge(found, contender.exact, chain.norms)
+    result = judge(found, contender.exact, chain.rounds_elsewhere)
     row = {"result": result, **dataclasses.asdict(found), "error": found.error}
     if yardstick and result != WRONG:
         row["us"] = replay_time([functools.partial(contender.run, *tensors) for tensors in inputs])

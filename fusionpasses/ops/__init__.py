@@ -11,6 +11,7 @@ from fusionpasses.ops import (
     mxfp4_gemm_a16w4,
     rmsnorm_add_mxfp4_quant,
     rmsnorm_mxfp4_quant,
+    silu_mul_mxfp4_quant,
 )
 from fusionpasses.ops._op import OPS, Op
 
@@ -24,4 +25,5 @@ __all__ = [
     "mxfp4_gemm_a16w4",
     "rmsnorm_add_mxfp4_quant",
     "rmsnorm_mxfp4_quant",
+    "silu_mul_mxfp4_quant",
 ]

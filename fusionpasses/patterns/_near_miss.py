@@ -51,7 +51,7 @@ _LOOK_BACK = 8  # steps between a norm's result and its root; the longest accept
 
 
 def explain(node: fx.Node) -> tuple[str, str]:
-    """Status and reason for a quant of ``node``, which :func:`recognise` did not take."""
+    """Status and reason for a quant of ``node``, which :func:`recognise` did not take; no reason if it is no norm."""
     walked = [node]
     frontier, seen = [node], {node}
     for _ in range(_LOOK_BACK):
@@ -64,8 +64,7 @@ def explain(node: fx.Node) -> tuple[str, str]:
                 seen.update(following)
         frontier = following
         walked += following
-    kind = node.op if node.op != "call_function" else str(node.target)
-    return NOTHING, f"the quantised tensor comes from {kind}, not from a norm"
+    return NOTHING, ""
 
 
 def _explain_root(node: fx.Node, root: fx.Node, walked: list[fx.Node]) -> tuple[str, str]:

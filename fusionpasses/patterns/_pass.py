@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -23,7 +23,7 @@ from torch._inductor.pattern_matcher import (
 
 from fusionpasses.anchors import Anchor
 from fusionpasses.config import FusionConfig
-from fusionpasses.report import Site
+from fusionpasses.report import REFUSED, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,23 @@ class Judgement:
 
     ``at`` is the node that is quantised, the norm's result: it gives the site its place in the report, and anchors
     that are left for the same reason at the same node are one site. ``rewrite`` is None when it is refused.
+    ``covers`` are the anchors it speaks of, when they are more than the one that is judged. ``not_mine`` is what the
+    anchor reads, if that is nothing the pass looks for: another pass may know better.
     """
 
     site: Site
     at: fx.Node
     rewrite: Callable[[], None] | None
+    covers: tuple[fx.Node, ...] = ()
+    not_mine: str = ""
 
 
 class FusionPass(PatternMatcherPass, abc.ABC):
     """Base of the passes: visits the anchors, asks :meth:`judge`, applies the rewrite, records the sites."""
 
     name: str
+    #: What it looks for before an anchor, for reasons; of passes that share their anchors.
+    looks_for: str = ""
     #: The tables the recogniser executes, by title; printed into the debug dump as they are.
     spellings: dict[str, tuple[Spelling, ...]]
     guards: dict[str, tuple[Guard, ...]]
@@ -88,6 +94,7 @@ class FusionPass(PatternMatcherPass, abc.ABC):
         self.anchors: dict[Any, Anchor] = {a.target: a for a in anchors if type(a) is self.anchor_class}
         self.keep_subgraphs = keep_subgraphs
         self.sites: list[Site] = []
+        self.judgements: list[Judgement] = []
         self._judgement: Judgement | None = None
         for target in self.targets or self.anchors:
             register_graph_pattern(CallFunctionVarArgs(target), extra_check=self._check, pass_dict=self)(self._handle)
@@ -104,6 +111,7 @@ class FusionPass(PatternMatcherPass, abc.ABC):
         self.begin(graph)
         count = self.apply(graph)
         self._judged.sort(key=lambda j: places.get(j.at, len(places)))
+        self.judgements = self._judged
         self.sites = _merged(self._judged)
         self.end(graph)
         return count
@@ -116,9 +124,11 @@ class FusionPass(PatternMatcherPass, abc.ABC):
 
     def _check(self, match: Match) -> bool:
         # All refusals belong here: the matcher counts a match once this says yes.
-        self._judgement = self.judge(match.output_node())
+        anchor = match.output_node()
+        self._judgement = self.judge(anchor)
         if self._judgement is None:
             return False
+        self._judgement.covers = self._judgement.covers or (anchor,)
         self._judged.append(self._judgement)
         return self._judgement.rewrite is not None
 
@@ -128,13 +138,49 @@ class FusionPass(PatternMatcherPass, abc.ABC):
         self._judgement.rewrite()
 
 
+def verdicts(passes: Sequence[FusionPass]) -> list[Site]:
+    """The sites of a graph that these passes have run on: one verdict for each anchor, whoever looked at it.
+
+    Fused by one pass, it is nothing else to the others. Left by all, it has the verdict of the first that knows
+    something of it, a refusal before "nothing to fuse"; or else it is what none of them looks for.
+    """
+    best: dict[fx.Node, tuple[int, FusionPass, Judgement]] = {}
+    looked: dict[fx.Node, list[FusionPass]] = {}
+    for fusion_pass in passes:
+        for judgement in fusion_pass.judgements:
+            rank = 0 if judgement.rewrite else 1 if judgement.site.status == REFUSED else 3 if judgement.not_mine else 2
+            for anchor in judgement.covers:
+                looked.setdefault(anchor, []).append(fusion_pass)
+                if anchor not in best or rank < best[anchor][0]:
+                    best[anchor] = rank, fusion_pass, judgement
+    sites: list[Site] = []
+    for fusion_pass in passes:
+        kept = []
+        for judgement in fusion_pass.judgements:
+            # Not of an anchor: a rotation that is written to no cache.
+            mine = [anchor for anchor in judgement.covers if best[anchor][2] is judgement]
+            if not mine and judgement.covers:
+                continue
+            if judgement.not_mine:
+                judgement.site.reason = not_from(judgement.not_mine, looked[mine[0]])
+            kept.append(judgement)
+        sites += _merged(kept)
+    return sites
+
+
+def not_from(found: str, passes: Sequence[FusionPass]) -> str:
+    return f"the quantised tensor comes from {found}, not from {' or '.join(p.looks_for for p in passes)}"
+
+
 def _merged(judgements: list[Judgement]) -> list[Site]:
     sites: dict[object, Site] = {}
     for judgement in judgements:
         site = judgement.site
         key = id(site) if judgement.rewrite else (judgement.at, site.status, site.op, site.reason)
         if key in sites:
-            sites[key].anchors = (*site.anchors, *sites[key].anchors)  # anchors were visited last to first
+            first = sites[key]
+            # Anchors were visited last to first. A copy: this is asked of each pass, and once more of all.
+            sites[key] = dataclasses.replace(first, anchors=(*site.anchors, *first.anchors))
         else:
             sites[key] = site
     return list(sites.values())

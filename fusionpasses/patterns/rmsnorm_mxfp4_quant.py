@@ -24,7 +24,6 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _rms_norm
 from fusionpasses.patterns._graph import (
-    bound_arguments,
     call,
     depends_on,
     erase_dead,
@@ -34,23 +33,23 @@ from fusionpasses.patterns._graph import (
     tensor_of,
 )
 from fusionpasses.patterns._near_miss import explain
-from fusionpasses.patterns._pass import FusionPass, Guard, Judgement, Spelling, first_failure
+from fusionpasses.patterns._pass import Guard, Judgement, first_failure
+from fusionpasses.patterns._quant import (
+    ANCHOR_GUARDS,
+    VIEWS,
+    Quant,
+    QuantPass,
+    op_name,
+    replace_quants,
+    scale_mode_of,
+    text_of,
+)
 from fusionpasses.patterns._rms_norm import RmsNorm
-from fusionpasses.patterns._views import ROW_VIEWS, is_row_view, replay, through_row_views
-from fusionpasses.report import FUSED, REFUSED, Site, Where
+from fusionpasses.patterns._views import through_row_views
+from fusionpasses.report import FUSED, Site, Where
 
 aten = torch.ops.aten
 ours = torch.ops.fusionpasses
-
-
-@dataclasses.dataclass(eq=False)
-class Quant:
-    """A quant of a norm: the anchor node, what it means, and the row views between the norm and it."""
-
-    node: fx.Node
-    anchor: Anchor
-    scale_mode: str
-    views: list[fx.Node]
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,51 +139,16 @@ RESIDUAL_GUARDS = (
 )
 
 
-def _check_anchor_arguments(node: fx.Node, anchor: Anchor) -> str | None:
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound = bound_arguments(node)
-    if anchor.scale_mode_argument is not None and not isinstance(bound[anchor.scale_mode_argument], str):
-        return f"{anchor.op} is called with a scale mode that is not a constant"
-    for argument in schema.arguments[1:]:
-        value = bound[argument.name]
-        if argument.name == anchor.scale_mode_argument or argument.name in anchor.ignored:
-            continue
-        if not argument.has_default_value() or value != argument.default_value:
-            return f"{anchor.op} is called with {argument.name}={value}, which its registration does not cover"
-    return None
-
-
-def _check_anchor_results(node: fx.Node, anchor: Anchor) -> str | None:
-    x, results = tensor_of(node.args[0] if node.args else None), node.meta.get("val")
-    if x is None or not isinstance(results, (tuple, list)) or len(results) != 2:
-        return f"{anchor.op} is not called with a tensor, or has no fake kernel that gives two results"
-    for name, result, per_byte in (("codes", results[0], 2), ("scales", results[1], 32)):
-        expected = (*x.shape[:-1], x.shape[-1] // per_byte)
-        if result.dtype != torch.uint8 or not same_shape(result.shape, expected) or not is_contiguous(result):
-            return (
-                f"the {name} of {anchor.op} are {result.dtype} {list(result.shape)} with strides "
-                f"{list(result.stride())}; the fused op gives contiguous uint8 {list(expected)}"
-            )
-    return None
-
-
-ANCHOR_GUARDS = (
-    Guard("arguments", "beyond x and the scale mode, every argument has its default", _check_anchor_arguments),
-    Guard("results", "codes uint8 [..., N/2] and scales uint8 [..., N/32], contiguous", _check_anchor_results),
-)
-
-
 # --- the pass -------------------------------------------------------------------------------------------------------
 
 
-class RmsNormMxfp4Quant(FusionPass):
+class RmsNormMxfp4Quant(QuantPass):
     name = "rmsnorm_mxfp4_quant"
+    looks_for = "a norm"
     spellings = {
         "from the quantised node to the normalised tensor": _rms_norm.TAILS,
         "from the normalised tensor to the norm's input": _rms_norm.NORMALISE,
-        "views between the norm and the quant, which keep the last axis": tuple(
-            Spelling(str(target), None) for target in ROW_VIEWS
-        ),
+        "views between the norm and the quant, which keep the last axis": VIEWS,
     }
     guards = {
         "quant": ANCHOR_GUARDS,
@@ -203,62 +167,19 @@ class RmsNormMxfp4Quant(FusionPass):
 
             stable_topological_sort(graph)
 
-    def judge(self, node: fx.Node) -> Judgement | None:
-        anchor = self.anchors[node.target]
-        here = Where.of(node.meta)
-        left = Site(self.name, REFUSED, _op_name(node), here, (here,))
-        reason = first_failure(ANCHOR_GUARDS, node, anchor)
-        if reason is not None:
-            left.reason = reason
-            return Judgement(left, node, None)
-        base, _ = through_row_views(node.args[0])  # type: ignore[arg-type]
+    def judge_quant(self, node: fx.Node, anchor: Anchor, base: fx.Node, left: Site) -> Judgement:
         norm = _rms_norm.recognise(base)
         if norm is None:
-            left.status, left.reason = self._unrecognised(base)
-            return Judgement(left, base, None)
+            left.status, left.reason = explain(base)
+            if left.reason:
+                return Judgement(left, base, None)
+            return self.not_mine(left, base)
         left.where, left.spelling = Where.of(norm.root.meta), norm.spelling
-        mode = _scale_mode(node, anchor)
-        candidate = self._collect(norm, anchor, mode)
+        candidate = Candidate(norm, *self.readers(norm.root, anchor, scale_mode_of(node, anchor)), self._mutators)
         left.reason = _rms_norm.illegal(norm) or first_failure(GUARDS, candidate) or ""
         if left.reason:
             return Judgement(left, base, None)
         return self._fuse(candidate)
-
-    def _unrecognised(self, base: fx.Node) -> tuple[str, str]:
-        """Status and reason for a quant whose input is not a recognised norm."""
-        if base.target is operator.getitem and isinstance(base.args[0], fx.Node):
-            producer = base.args[0].target
-            if producer in (ours.rmsnorm_mxfp4_quant.with_norm, ours.rmsnorm_add_mxfp4_quant.with_norm):
-                return REFUSED, (
-                    "the norm is fused with another quantisation already (another op or scale mode); one fused op has "
-                    "one scale mode"
-                )
-        return explain(base)
-
-    def _collect(self, norm: RmsNorm, anchor: Anchor, scale_mode: str) -> Candidate:
-        """All readers of the norm: quants with the same meaning as this one, and everything else."""
-        candidate = Candidate(norm, [], [], self._mutators)
-
-        def visit(node: fx.Node, views: list[fx.Node]) -> None:
-            for user in node.users:
-                other = self.anchors.get(user.target)
-                if (
-                    other is not None
-                    and user.args[:1] == (node,)
-                    and user.all_input_nodes == [node]
-                    and first_failure(ANCHOR_GUARDS, user, other) is None
-                    and _scale_mode(user, other) == scale_mode
-                    and other.layout == anchor.layout
-                ):
-                    candidate.quants.append(Quant(user, other, scale_mode, views))
-                elif is_row_view(user):
-                    visit(user, [*views, user])
-                else:
-                    candidate.other_readers.append(user)
-
-        visit(norm.root, [])
-        candidate.quants.sort(key=lambda q: q.node)
-        return candidate
 
     def _fuse(self, c: Candidate) -> Judgement:
         norm = c.norm
@@ -270,7 +191,7 @@ class RmsNormMxfp4Quant(FusionPass):
             notes.append(f"{', '.join(kept)} inside the norm has other readers and is still computed by Inductor")
         x = tensor_of(norm.x)
         device = x.device.type if x is not None else "cpu"
-        name = _op_name(op)
+        name = op_name(op)
         provider = providers.select(name, device, self.config.provider)
         site = Site(
             self.name,
@@ -282,7 +203,12 @@ class RmsNormMxfp4Quant(FusionPass):
             spelling=norm.spelling,
             notes=tuple(notes),
         )
-        return Judgement(site, norm.root, lambda: self._rewrite(c, add, op, provider, site))
+        return Judgement(
+            site,
+            norm.root,
+            lambda: self._rewrite(c, add, op, provider, site),
+            covers=tuple(q.node for q in c.quants),
+        )
 
     def _rewrite(self, c: Candidate, add: fx.Node | None, op: Any, provider: str, site: Site) -> None:
         norm, graph = c.norm, c.norm.root.graph
@@ -290,7 +216,7 @@ class RmsNormMxfp4Quant(FusionPass):
         if add is not None:
             matched.append(add)
         if self.keep_subgraphs:
-            site.matched = _text(matched)
+            site.matched = text_of(matched)
         inputs = (norm.x,) if add is None else tuple(add.args)
         kwargs = {
             "cast_order": norm.cast_order,
@@ -318,17 +244,7 @@ class RmsNormMxfp4Quant(FusionPass):
                 result: call(graph, operator.getitem, (fused, i), {}, provenance=norm.root, value=fused.meta["val"][i])
                 for i, result in enumerate(values)
             }
-        new = [fused, *out.values()]
-        for quant in c.quants:
-            with graph.inserting_before(quant.node):
-                for index, result in enumerate(("codes", "scales")):
-                    readers = [u for u in quant.node.users if u.target is operator.getitem and u.args[1] == index]
-                    if readers:
-                        replacement = replay(graph, out[result], quant.views, quant.node)
-                        new.append(replacement)
-                        for reader in readers:
-                            reader.replace_all_uses_with(replacement)
-                            graph.erase_node(reader)
+        new = [fused, *out.values(), *replace_quants(c.quants, out)]
         if add is not None:
             # Readers of the sum may stand before the fused op, which is where the norm was: the pass ends with a sort.
             add.replace_all_uses_with(out["sum"])
@@ -336,7 +252,7 @@ class RmsNormMxfp4Quant(FusionPass):
         if c.other_readers:
             norm.root.replace_all_uses_with(out["norm"])
         if self.keep_subgraphs:
-            site.replacement = _text(new)
+            site.replacement = text_of(new)
         erase_dead(matched)
 
 
@@ -362,23 +278,6 @@ _BEFORE_NORM = (torch.ops.prims.convert_element_type.default, aten.permute.defau
 
 def _adds_tensors(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in node.args)
-
-
-def _scale_mode(node: fx.Node, anchor: Anchor) -> str:
-    if anchor.scale_mode is not None:
-        return anchor.scale_mode
-    return str(bound_arguments(node)[str(anchor.scale_mode_argument)])
-
-
-def _op_name(target: Any) -> str:
-    """``packet.overload`` of one of our ops, ``namespace::packet.overload`` of a foreign one."""
-    target = target.target if isinstance(target, fx.Node) else target
-    name = f"{target._opname}.{target._overloadname}"
-    return name if target.namespace == "fusionpasses" else f"{target.namespace}::{name}"
-
-
-def _text(nodes: Any) -> str:
-    return "\n".join(str(n.format_node()) for n in sorted(set(nodes)))
 
 
 PASS = RmsNormMxfp4Quant

@@ -26,6 +26,8 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
             "rmsnorm_mxfp4_quant.with_norm",
             "rmsnorm_add_mxfp4_quant.default",
             "rmsnorm_add_mxfp4_quant.with_norm",
+            "silu_mul_mxfp4_quant.default",
+            "silu_mul_mxfp4_quant.with_act",
             "fused_rope_mla_kv_cache.default",
             "fused_rope_mla_kv_cache.with_k",
             "fused_rope_mla_kv_cache.absorbed",

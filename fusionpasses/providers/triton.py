@@ -10,6 +10,8 @@ Where it stands on the numerics contract of the ops:
   boundary.
 - ``sum`` of the residual ops is exactly the reference's. Payload and sign of a NaN in ``sum`` and ``norm`` are not
   part of the contract.
+- ``silu_mul_mxfp4_quant`` gives the reference's bytes given the same activation, which for silu is within 4
+  ulp of the real number; the kernel's docstring has what that rests on, and the bounds of the other activations.
 - RoPE and the write to the MLA cache: ``providers/_triton_rope.py``. The GEMMs: ``providers/_triton_gemm.py``.
 
 Outputs are allocated and the kernel is launched on the current stream; nothing waits for the GPU, so calls can be
@@ -28,6 +30,7 @@ from torch import Tensor
 from fusionpasses.kernels import arch
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
+from fusionpasses.kernels import silu_mul_mxfp4_quant as gated_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
 from fusionpasses.providers import _launch, _triton_gemm, _triton_rope
 
@@ -128,6 +131,35 @@ def _rmsnorm_add_mxfp4_quant_with_norm(
     return codes, scales, total, norm
 
 
+def _silu_mul_mxfp4_quant(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str = "silu",
+    cast_order: str,
+    act_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(gate)
+    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, codes, scales, None)
+    return codes, scales
+
+
+def _silu_mul_mxfp4_quant_with_act(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str = "silu",
+    cast_order: str,
+    act_dtype: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(gate)
+    act = gate.new_empty(gate.shape, dtype=act_dtype or gate.dtype)
+    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, codes, scales, act)
+    return codes, scales, act
+
+
 #: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
 ADAPTERS: dict[str, Callable[..., Any]] = {
     "dynamic_mxfp4_quant.default": _dynamic_mxfp4_quant,
@@ -135,6 +167,8 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_mxfp4_quant.with_norm": _rmsnorm_mxfp4_quant_with_norm,
     "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add_mxfp4_quant,
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
+    "silu_mul_mxfp4_quant.default": _silu_mul_mxfp4_quant,
+    "silu_mul_mxfp4_quant.with_act": _silu_mul_mxfp4_quant_with_act,
     **_triton_rope.ADAPTERS,
     **_triton_gemm.ADAPTERS,
 }
@@ -198,6 +232,53 @@ def _launch_norm(
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
             ROUND_BEFORE_WEIGHT=round_before_weight,
             ROUND_RESULT=round_result,
+            ISA=gpu.isa,
+            **options,
+        )
+
+
+def _launch_gated(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    cast_order: str,
+    act_dtype: torch.dtype | None,
+    scale_mode: str,
+    codes: Tensor,
+    scales: Tensor,
+    act: Tensor | None,
+) -> None:
+    blocks = scales.numel()
+    if blocks == 0:
+        return
+    row_blocks = scales.shape[-1]
+    n = gate.shape[-1]
+    dtype = gate.dtype
+    gate, gate_stride = _aligned_rows(gate)
+    up, up_stride = _aligned_rows(up)
+    flat = blocks == row_blocks or (gate_stride, up_stride) == (n, n)
+    gpu = arch.of(gate.device)
+    options: dict[str, Any] = gated_kernel.launch_options(blocks // row_blocks, row_blocks, gpu)
+    tile = options["TILE_BLOCKS"]
+    with _launch.on_device_of(gate):
+        _launch.launch(
+            gated_kernel.silu_mul_mxfp4_quant,
+            (-(-blocks // tile),),
+            gate,
+            up,
+            codes,
+            scales,
+            act,
+            None if flat else gate_stride,
+            None if flat else up_stride,
+            None if flat else row_blocks,
+            blocks,
+            MASKED=blocks % tile != 0,
+            ACTIVATION=activation,
+            # In float32 there is nothing to round.
+            CAST_ORDER="mul_cast" if dtype == torch.float32 else cast_order,
+            ROUND_RESULT=act_dtype in (None, dtype),
+            SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
             ISA=gpu.isa,
             **options,
         )
