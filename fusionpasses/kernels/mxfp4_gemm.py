@@ -43,35 +43,47 @@ from fusionpasses.kernels.arch import Arch
 LINEAR = tl.constexpr(0)
 TILES = tl.constexpr(1)
 
-#: Most tokens for which tensor cores are fed from codes; with more, a bfloat16 copy of the weight is made and given to
-#: BLAS.
-MOST_TOKENS = 64
+#: A weight of so many codes and more is large: what is read ahead of it would drive itself out of L2.
+LARGE = 2**26
 
 
-def for_few_tokens(tokens: int, arch: Arch) -> bool:
-    """Is it ``mxfp4_gemm`` that runs? Else ``mxfp4_dequantize``, and torch's product."""
-    return arch.hopper_ptx and tokens <= MOST_TOKENS
+def for_few_tokens(tokens: int, rows: int, width: int, arch: Arch) -> bool:
+    """Is it ``mxfp4_gemm`` that runs? Else ``mxfp4_dequantize``, and torch's product.
+
+    To write a weight in bfloat16 and read it again takes a small one's product twice as long, and a large one's three
+    times; mxfp4_gemm reads x once for each 16 or 32 rows of the weight, which takes longer from there on.
+    """
+    return arch.hopper_ptx and tokens <= (64 if rows * width >= LARGE else 32)
 
 
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options, and whether x is put in order first.
 
-    Measured on an H200 with weights of 18432 x 7168, 2112 x 7168 and 7168 x 2048, in CUDA graphs.
+    Measured on an H200 with weights of 18432 x 7168, 2112 x 7168 and 7168 x 2048, in CUDA graphs: some 30 choices for
+    1, 16 and 32 tokens each. Many warps of few registers are best for few tokens, each with a tile of 16 rows.
     """
-    tiles, columns = -(-rows // 16), -(-width // 128)
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    row_tiles = 1
-    # Warps that share a tile's columns, until there are some eight for each multiprocessor.
-    k_warps = next((w for w in (4, 8) if tiles * w >= 8 * arch.processors), 16)
+    large = rows * width >= LARGE
+    # Too few tiles to give each multiprocessor eight warps of its own.
+    narrow = -(-rows // 16) * 4 < 8 * arch.processors
+    if tokens <= 8 or (narrow and tokens <= 16):
+        chosen = (1, 1, 1, 8 if narrow else 4, 0 if large else 4)
+    elif narrow:
+        chosen = (1, 4, 1, 8, 0)
+    elif tokens <= 16:
+        chosen = (2, 2, 1, 4, 0) if large else (1, 2, 2, 4, 2)
+    else:
+        chosen = (2, 4, 2, 2, 4) if large else (2, 4, 1, 4, 2)
+    row_tiles, token_tiles, row_warps, k_warps, fetched = chosen
+    columns = -(-width // 128)
     k_warps = min(k_warps, triton.next_power_of_2(columns))
     return {
         "ROW_TILES": row_tiles,
         "TOKEN_TILES": token_tiles,
-        "ROW_WARPS": 1,
+        "ROW_WARPS": row_warps,
         "K_WARPS": k_warps,
-        "FETCHED": 4,
-        "ARRANGED": token_tiles > 1,
-        "num_warps": k_warps,
+        "FETCHED": fetched,
+        "ARRANGED": tokens > 8,
+        "num_warps": row_warps * k_warps,
         "enable_fp_fusion": False,
         "launch_pdl": True,
     }

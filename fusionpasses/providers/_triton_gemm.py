@@ -45,7 +45,7 @@ def _mxfp4_gemm(
     x_codes, x_scales = x_codes.contiguous(), x_scales.contiguous()
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
-        if kernel.for_few_tokens(tokens, gpu):
+        if kernel.for_few_tokens(tokens, n, width, gpu):
             x = _arranged(x_codes, x_scales, tokens, width, layout, gpu)
             _multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
         else:
@@ -108,7 +108,7 @@ def _product(
     gpu: arch.Arch,
 ) -> None:
     """Of bfloat16 x, contiguous or two-dimensional."""
-    if kernel.for_few_tokens(tokens, gpu):
+    if kernel.for_few_tokens(tokens, n, width, gpu):
         stride: int | None = x.stride(-2) if x.dim() == 2 else width
         if kernel.launch_options(tokens, n, width, gpu)["ARRANGED"]:
             x, stride = _arranged(x, None, tokens, width, layout, gpu), None
