@@ -13,10 +13,10 @@ plain   ``torch.compile(backend="inductor")`` on the same weights; quants and ca
         traces and may fuse, feeding the same ``mxfp4_gemm`` op
 ======  ==============================================================================================================
 
-``mxfp4_gemm`` is a reference of several eager kernels, the same on both sides, and dwarfs the step; so the step's time
-says little about the fusion, and the time outside GEMMs says it. Time by kernel is from ``torch.profiler`` (the median
-of three steps), the step's time from CUDA events without it. How kernels are told apart, and how bytes are counted:
-``benchmarks/kernel_classes.py``.
+``mxfp4_gemm`` is the same on both sides, and the larger part of the step; so the time outside GEMMs says what the
+fusion does. (It was a reference of several eager kernels, which dwarfed the step, when docs/kernels.md's figures were
+taken.) Time by kernel is from ``torch.profiler`` (the median of three steps), the step's time from CUDA events without
+it. How kernels are told apart, and how bytes are counted: ``benchmarks/kernel_classes.py``.
 
 Nothing is timed before the logits are checked against eager's. Inductor rounds elsewhere than eager, on both sides, and
 MXFP4 enlarges every difference: a code that flips moves its value by a quarter, and changes what the next quant sees.

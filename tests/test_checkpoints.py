@@ -454,15 +454,38 @@ def test_a_model_on_the_meta_device_computes_as_the_saved_one(make, arguments, s
     assert summary.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
 
 
-def test_a_loaded_model_fuses(tmp_path):
-    from fusionpasses.testing import assert_fused
+@pytest.mark.parametrize("prepared", [False, True], ids=["linear", "tiles"])
+@pytest.mark.parametrize(("make", "norms"), [(llama, 1), (deepseek, 5)], ids=["llama", "deepseek_v3"])
+def test_every_norm_and_activation_of_a_loaded_model_fuses(make, norms, prepared, tmp_path):
+    """From a checkpoint to one op per quant, byte by byte the same."""
+    from fusionpasses.testing import assert_equivalent
 
-    fp.save_checkpoint(fp.quantize_mxfp4(llama().to(torch.bfloat16)), tmp_path / "c", format="quark")
-    model = on_meta(llama)
-    fp.load_checkpoint(model, tmp_path / "c")
+    fp.save_checkpoint(fp.quantize_mxfp4(make().to(torch.bfloat16)), tmp_path / "c", format="quark")
+    model = on_meta(make)
+    fp.load_checkpoint(model, tmp_path / "c", progress=False)
+    if prepared:
+        for module in model.modules():
+            if isinstance(module, fp.Mxfp4Linear):
+                module.prepare()
     with torch.no_grad():
-        counts = {"rmsnorm_mxfp4_quant": 1, "rmsnorm_add_mxfp4_quant": 3}
-        assert_fused(model, (torch.arange(6)[None],), counts)
+        result = assert_equivalent(model, (torch.arange(6)[None],))
+    (graph,) = result.report.graphs
+    counts = {"rmsnorm_mxfp4_quant": norms, "rmsnorm_add_mxfp4_quant": 3, "silu_mul_mxfp4_quant": 2}
+    assert {op: graph.ops_after.get(op, 0) for op in counts} == counts, str(result.report)
+    assert not result.report.refused
+
+
+def test_a_checkpoint_whose_inputs_are_left_has_nothing_to_fuse(tmp_path):
+    from fusionpasses.testing import assert_equivalent
+
+    fp.save_checkpoint(fp.quantize_mxfp4(llama().to(torch.bfloat16), act="none"), tmp_path / "c", format="quark")
+    model = on_meta(llama)
+    assert fp.load_checkpoint(model, tmp_path / "c", progress=False).act == "none"
+    with torch.no_grad():
+        result = assert_equivalent(model, (torch.arange(6)[None],))
+    (graph,) = result.report.graphs
+    assert graph.ops_after["mxfp4_gemm_a16w4"] == 14
+    assert not [op for op in graph.ops_after if op.endswith("quant")]
 
 
 class Volatile(nn.Module):

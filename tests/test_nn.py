@@ -159,3 +159,56 @@ def test_an_input_that_requires_grad_is_refused_not_cut_off():
         layer(torch.randn(4, 64, requires_grad=True))
     with torch.no_grad():
         assert not layer(torch.randn(4, 64, requires_grad=True)).requires_grad
+
+
+# ---- the kernel's layout
+
+
+@pytest.mark.parametrize("act", ["mxfp4", "none"])
+def test_a_prepared_layer_is_the_same_layer(act):
+    torch.manual_seed(0)
+    linear = fp.Mxfp4Linear.from_linear(nn.Linear(96, 40).bfloat16(), act=act)
+    x = torch.randn(5, 96).bfloat16()
+    before, want = copy.deepcopy(linear.state_dict()), linear(x)
+    packed = linear.weight_packed
+    assert linear.prepare() is linear
+    assert linear.layout == "tiles"
+    tiles = linear.weight_packed
+    assert linear.prepare().weight_packed is tiles  # idempotent
+    for layer in (linear, copy.deepcopy(linear)):
+        assert torch.equal(layer(x), want)
+        assert layer.state_dict().keys() == before.keys()
+        assert all(torch.equal(layer.state_dict()[name], before[name]) for name in before)
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), want)
+    fresh = fp.Mxfp4Linear.from_linear(nn.Linear(96, 40).bfloat16(), act=act).prepare()
+    fresh.load_state_dict(before)
+    assert fresh.layout == "tiles"
+    assert torch.equal(fresh(x), want)
+    linear.unprepare()
+    assert linear.layout == "linear"
+    assert torch.equal(linear.weight_packed, packed)
+
+
+def test_a_weight_that_cannot_be_prepared_stays_and_works():
+    codes, scales = torch.full((16, 32), 0x22, dtype=torch.uint8), torch.full((16, 2), 120, dtype=torch.uint8)
+    scales[3, 1] = 255
+    linear = fp.Mxfp4Linear(codes, scales, act="none")
+    with pytest.raises(fp.UnsupportedInput, match="got a block whose scale is NaN, allowed numbers; it stays 'linear'"):
+        linear.prepare()
+    assert linear.layout == "linear"
+    y = linear(torch.ones(1, 64))
+    assert y.isnan().sum() == 1
+    assert y[0, 3].isnan()
+
+
+def test_weight_only_layers_leave_their_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    fp.quantize_mxfp4(model, act="none")
+    assert [layer.act for layer in (model[0], model[2])] == ["none", "none"]
+    x = torch.randn(3, 64)
+    weight = torch.ops.fusionpasses.mxfp4_gemm_a16w4
+    want = weight(x, *model[0].checkpoint_weight(), model[0].bias).relu()
+    assert torch.equal(model(x), weight(want, *model[2].checkpoint_weight(), model[2].bias))
+    with pytest.raises(fp.UnsupportedInput, match=r"act: got 'fp8', allowed 'mxfp4'.* and 'none'"):
+        fp.quantize_mxfp4(nn.Sequential(nn.Linear(64, 64)), act="fp8")

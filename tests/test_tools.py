@@ -70,7 +70,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 CONFIG = configs.Config("sm_100", "add+norm", "bf16", 7168, 1024)
-QUANTS, GATED, CACHE = codegen.FAMILIES
+QUANTS, GATED, PRODUCTS, CACHE = codegen.FAMILIES
 GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
@@ -128,9 +128,10 @@ def test_every_file_of_the_kernels_decides_the_hash_of_a_family():
     [
         (QUANTS, ("_pieces", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
         (GATED, ("_pieces", "silu_mul_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
+        (PRODUCTS, ("_pieces", "mxfp4_gemm"), {"bias": True}),
         (CACHE, ("_pieces", "rope_mla_kv_cache"), {"negative_slots": "wrap"}),
     ],
-    ids=("quants", "gated", "cache"),
+    ids=("quants", "gated", "products", "cache"),
 )
 def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch, family, files, change):
     kernels = pathlib.Path("fusionpasses", "kernels")
@@ -202,7 +203,7 @@ def test_spills_are_read_from_the_code_object():
 
 def test_pairwise_configurations_cover_every_pair():
     chosen = configs.pairwise()
-    assert len(chosen) < 210
+    assert len(chosen) < 250
     quants = [c for c in chosen if isinstance(c, configs.Config)]
     for left, right in itertools.combinations(configs.FACTORS, 2):
         norms_only = {left, right} & {"weight", "cast_order", "norm_dtype"}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusionpasses.kernels import arch
+from tools.configs import GEMM_CHAINS
 from tools.launches import Launch
 
 
@@ -31,6 +32,8 @@ def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
     ``maxima``: of float32, for the scale; ``rounded``: two float32 to 16 bits.
     """
     f = launch.constants
+    if launch.kernel.__name__ in [kernel for _, kernel in GEMM_CHAINS.values()]:
+        return _of_a_product(launch)
     dtype = next(launch.signature[name][1:] for name in ("x_ptr", "gate_ptr", "k_pe_ptr") if name in launch.signature)
     counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
     if "cos_ptr" in f | launch.signature:
@@ -46,7 +49,15 @@ def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
         counts["rounded"] = (counts["rounded"] + counts["pairs"]) * has_rounding
         counts["maxima"] *= f["ISA"] >= arch.NAN_MAXIMUM
         counts["pairs"] = counts["codes"] = 0
-    return {"PTX": ptx, "dtype": dtype, **counts}
+    return {"PTX": ptx, "dtype": dtype, "products": 0, **counts}
+
+
+def _of_a_product(launch: Launch) -> dict[str, Any]:
+    """Each word of codes has two products with each eight tokens, and a tile eight words of a thread."""
+    f = launch.constants
+    counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
+    products = 8 * f["ROW_TILES"] * f["TOKEN_TILES"] if "ROW_TILES" in f else 0
+    return {"PTX": f["ISA"] == arch.PTX, "dtype": "", "products": products, **counts}
 
 
 def _of_a_rotation(launch: Launch, dtype: str) -> dict[str, int]:
@@ -118,6 +129,7 @@ CLAIMS = (
         r"\b(?:F2FP\.B?F16\.F32\.PACK_AB|v_cvt_pk_bf16_f32|v_fma_mixlo_bf16)",
         lambda f: f["rounded"],
     ),
+    Claim("tensor cores", r"\bHMMA\.16816\.F32\.BF16", lambda f: f["products"]),
     # A kernel launched early that reads or writes before it has waited races with the one in front.
     Claim(
         "waits before any access",

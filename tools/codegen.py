@@ -36,6 +36,7 @@ from tools.configs import (
     CACHE_CHAINS,
     CHAINS,
     GATED_CHAINS,
+    GEMM_CHAINS,
     ROWS,
     TARGETS,
     WIDTHS,
@@ -43,6 +44,7 @@ from tools.configs import (
     CacheConfig,
     Config,
     GatedConfig,
+    GemmConfig,
     every,
     pairwise,
 )
@@ -79,6 +81,13 @@ FAMILIES = (
         "all pairs of\nwidths, rows, strides, dtypes, activations, roundings and scale modes, on each target.",
     ),
     Family(
+        "products",
+        GemmConfig,
+        tuple(GEMM_CHAINS),
+        ("_pieces", "arch", "mxfp4_gemm"),
+        "each choice\nof the heuristics with each layout of the weight. The first two kernels are for sm_90 and later.",
+    ),
+    Family(
         "cache",
         CacheConfig,
         tuple(CACHE_CHAINS),
@@ -109,6 +118,7 @@ class Result:
     wanted_load: int = 16
     wanted_store: int = 16
     index_load: int = 0  # bytes of an index, or of the cache's scale
+    other_loads: tuple[int, ...] = ()
     contracted: int = 0
     missing: tuple[str, ...] = ()
     error: str = ""
@@ -122,7 +132,9 @@ class Result:
             wrong.append(f"spills {self.spilled}")
         if self.shared > self.sums:
             wrong.append(f"shared memory {self.shared} > {self.sums}")
-        if not self.loads or any(size < self.wanted_load and size != self.index_load for size in self.loads):
+        if not self.loads or any(
+            size < self.wanted_load and size not in (self.index_load, *self.other_loads) for size in self.loads
+        ):
             wrong.append(f"loads of {self.loads} bytes")
         # Scales are single bytes.
         if min((size for size in self.stores if size > 1 or self.wanted_store == 1), default=0) < self.wanted_store:
@@ -215,12 +227,13 @@ def _examine(config: AnyConfig) -> Result:
         spilled=spilled,
         shared=compiled.metadata.shared,
         # One float of each warp. A quant has no sum, and no two of its threads need anything of each other.
-        sums=4 * warps if config.sums and warps > 1 else 0,
+        sums=4 * warps if config.sums and warps > 1 else launch.partial_sums,
         loads=loads,
         stores=stores,
         wanted_load=launch.wanted_load,
         wanted_store=launch.wanted_store,
         index_load=launch.index_load,
+        other_loads=launch.other_loads,
         contracted=contractions(compiled),
         missing=claims.broken(claims.facts(launch, TARGETS[config.target].warp_size), code),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,12 @@ CHAINS = {
 GATED_CHAINS = {
     "silu*mul": "silu_mul_mxfp4_quant.default",
     "silu*mul, stored": "silu_mul_mxfp4_quant.with_act",
+}
+#: Op of each kernel of a product, and the kernel.
+GEMM_CHAINS = {
+    "few tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_gemm"),
+    "tokens in order": ("mxfp4_gemm.default", "mxfp4_gemm_arrange"),
+    "many tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_dequantize"),
 }
 #: Op of each chain that ends in the MLA cache.
 CACHE_CHAINS = {
@@ -152,6 +159,43 @@ class GatedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """A product, of whose launches one is compiled."""
+
+    target: str
+    chain: str
+    tokens: int
+    rows: int
+    n: int  # elements in a row
+    layout: str = "linear"
+    codes: bool = False  # x is MXFP4
+    bias: bool = False
+
+    sums = False
+
+    def __str__(self) -> str:
+        rest = [self.layout, "codes" if self.codes else "bf16", "bias" if self.bias else "no bias"]
+        return f"{self.target} {self.chain} {self.tokens}, {self.rows} x {self.n} ({', '.join(rest)})"
+
+    def call(self) -> Call:
+        codes: tuple[int, ...] = (self.rows, self.n // 2)
+        scales: tuple[int, ...] = (self.rows, self.n // 32)
+        keywords: dict[str, Any] = {}
+        if self.layout == "tiles":
+            tiles = (-(-self.rows // 16), -(-self.n // 128))
+            codes, scales = (*tiles, 1024), (*tiles, 64)
+            keywords = {"layout": "tiles", "rows": self.rows}
+        empty = functools.partial(torch.empty, dtype=torch.uint8, device="meta")
+        bias = torch.empty(self.rows, dtype=torch.bfloat16, device="meta") if self.bias else None
+        weight = (empty(codes), empty(scales), bias)
+        if self.codes:
+            x = (empty(self.tokens, self.n // 2), empty(self.tokens, self.n // 32))
+            return "mxfp4_gemm.default", [*x, *weight], keywords | {"out_dtype": torch.bfloat16}
+        values = torch.empty(self.tokens, self.n, dtype=torch.bfloat16, device="meta")
+        return "mxfp4_gemm_a16w4.default", [values, *weight], keywords
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """A call of an op that writes to the MLA cache."""
 
@@ -231,7 +275,7 @@ SIZES = {"DeepSeek": (512, 512, 64), "odd": (36, 33, 6)}
 
 #: The op's name, and arguments without data.
 Call = tuple[str, list[Any], dict[str, Any]]
-AnyConfig = Config | GatedConfig | CacheConfig
+AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig
 
 
 #: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
@@ -335,7 +379,24 @@ def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[s
 def pairwise() -> list[AnyConfig]:
     quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
-    return [*quants, *gated, *map(_cache_config, covering(CACHE_FACTORS))]
+    gemms = [c for c in every_gemm() if c.target in ("sm_90", "gfx942", "gfx1201") and c.tokens in (1, 32, 100)]
+    return [*quants, *gated, *gemms, *map(_cache_config, covering(CACHE_FACTORS))]
+
+
+def every_gemm() -> list[GemmConfig]:
+    """Each choice of the heuristics with each layout, on the targets that have it; and rows that fill no tile."""
+    weights = ((18432, 7168), (2112, 7168), (7168, 2048), (1000, 2880))
+    configs = []
+    for target, layout in itertools.product(TARGETS, ("linear", "tiles")):
+        if target.startswith("sm_"):
+            for tokens, (rows, n) in itertools.product((1, 16, 32), weights):
+                bias = (rows == 1000) != (tokens == 16)
+                configs.append(GemmConfig(target, "few tokens", tokens, rows, n, layout, bias=bias))
+            for n, codes in itertools.product((7168, 2880), (False, True)):
+                configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes))
+        for rows, n in weights[::3]:
+            configs.append(GemmConfig(target, "many tokens", 100, rows, n, layout))
+    return configs
 
 
 def _cache_config(row: dict[str, Any]) -> CacheConfig:
@@ -382,7 +443,7 @@ def every(launches: Launches) -> list[AnyConfig]:
             others = (dataclasses.replace(plain, **turns[(at + i) % len(turns)]) for i in range(len(turns)))
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
     # A gated quant's tile depends on the number of blocks alone, and the subset has both.
-    return [*configs, *(config for config in pairwise() if isinstance(config, GatedConfig))]
+    return [*configs, *every_gemm(), *(config for config in pairwise() if isinstance(config, GatedConfig))]
 
 
 def _kind(config: Config, launch: Any) -> tuple[Any, ...]:

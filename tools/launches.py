@@ -20,14 +20,15 @@ from unittest import mock
 import torch
 
 from fusionpasses import kernels
-from tools.configs import DTYPES, FP8, TARGETS, AnyConfig, Target
+from tools.configs import DTYPES, FP8, GEMM_CHAINS, TARGETS, AnyConfig, Target
 
 #: Constants that the op's arguments decide; the others are the heuristics'.
 _OF_A_ROTATION = ("HEADS", "NOPE", "ROPE", "FULL", "READ_WOVEN", "WRITE_WOVEN")
 _OF_A_CACHE = ("LATENT", "NEGATIVE_SLOTS", "PAGE", "SCALING")
 _OF_A_NORM = ("ROW_BLOCKS", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT")
 _OF_AN_ACTIVATION = ("ACTIVATION", "CAST_ORDER")
-_OF_ARGUMENTS = ("SCALE_ADDEND", "ISA", *_OF_AN_ACTIVATION, *_OF_A_NORM, *_OF_A_ROTATION, *_OF_A_CACHE)
+_OF_A_PRODUCT = ("K", "LAYOUT")
+_OF_ARGUMENTS = ("SCALE_ADDEND", "ISA", *_OF_A_PRODUCT, *_OF_AN_ACTIVATION, *_OF_A_NORM, *_OF_A_ROTATION, *_OF_A_CACHE)
 
 
 _OTHER_KINDS = {torch.uint8: "*u8", FP8: "*fp8e4nv", torch.int32: "*i32", torch.int64: "*i64"}
@@ -53,12 +54,16 @@ class Launch:
         """Least bytes a thread should load at once; where rows are not aligned, words."""
         if self.constants.get("VECTOR") == 1:
             return 1
+        if self.kernel.__name__ == "mxfp4_dequantize":
+            return 4
         return 16 if self.aligned else 4
 
     @property
     def wanted_store(self) -> int:
         if self.constants.get("VECTOR") == 1:
             return 1
+        if self.kernel.__name__ == "mxfp4_gemm":
+            return 2  # a thread has single sums
         if "cache_ptr" not in self.signature:
             return 16
         # Eight elements at once, in words where the cache is not aligned.
@@ -69,6 +74,21 @@ class Launch:
     def index_load(self) -> int:
         """Bytes of a slot, a position, or the cache's scale: single numbers by nature."""
         return 4 if "slots_ptr" in self.signature else 0
+
+    @property
+    def other_loads(self) -> tuple[int, ...]:
+        """Bytes of what a product loads beside words of codes: scales, biases, eight codes of a token."""
+        return {"mxfp4_gemm": (1, 2, 8), "mxfp4_gemm_arrange": (1, 4), "mxfp4_dequantize": (1,)}.get(
+            self.kernel.__name__, ()
+        )
+
+    @property
+    def partial_sums(self) -> int:
+        """Bytes of shared memory in which warps that cut K add up what each has."""
+        f = self.constants
+        if f.get("K_WARPS", 1) == 1:
+            return 0
+        return int(self.options["num_warps"]) * 32 * f["ROW_TILES"] * f["TOKEN_TILES"] * 4 * 4
 
     @property
     def tile(self) -> tuple[Any, ...]:
@@ -89,7 +109,8 @@ def launches(config: AnyConfig) -> list[Launch]:
     name, arguments, keywords = config.call()
     with _pretended(provider, TARGETS[config.target]) as recorded:
         provider.ADAPTERS[name](*arguments, **keywords)
-    return recorded
+    wanted = GEMM_CHAINS.get(config.chain, ("", ""))[1]
+    return [launch for launch in recorded if wanted in ("", launch.kernel.__name__)][: 1 if wanted else None]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """The chains that are measured, and who runs them.
 
 Every contender is a function of the chain's tensors and the weight, and returns codes, scales, the sum where the chain
-adds, the norm where the chain stores it: the outputs of the op. ``mxfp4_gemm`` is no chain here, because it has no
-kernel yet, and a time of its reference would say nothing.
+adds, the norm where the chain stores it: the outputs of the op. Products are measured by ``benchmarks/linear.py``.
 """
 
 from __future__ import annotations

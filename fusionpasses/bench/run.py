@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
     aiter, why = _load_aiter(args.peer_path, args.device)
     environment = _environment(args.device, settings) | {"aiter": why}
     print("\n".join(f"{key}: {value}" for key, value in environment.items()))
-    print("mxfp4_gemm: left out, it has no kernel yet\n")
+    print("products with MXFP4 weights: python -m benchmarks.linear\n")
     print(_HEAD, flush=True)
     torch.manual_seed(0)
     chains = [chain for chain in CHAINS if chain.name in args.chains]
