@@ -620,7 +620,8 @@ def test_a_pass_disabled_by_the_environment_is_reported_in_a_process_that_could_
     folder, compile_cache, _ = cold
     result = run_child(folder, compile_cache, TORCHINDUCTOR_DISABLED_PASSES="rmsnorm_mxfp4_quant")
     (graph,) = result["report"]["graphs"]
-    assert (result["fx"], graph["source"], graph["sites"]) == (MISS, COMPILED, [])
+    assert (result["fx"], graph["source"]) == (MISS, COMPILED)
+    assert {site["status"] for site in graph["sites"]} == {"nothing to fuse"}
     assert "pass rmsnorm_mxfp4_quant was switched off by TORCHINDUCTOR_DISABLED_PASSES" in result["text"]
 
 

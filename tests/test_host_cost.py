@@ -116,11 +116,11 @@ def _kernels() -> list[Any]:
     )
 
     return [
+        dynamic_mxfp4_quant.dynamic_mxfp4_quant,
+        rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
         mxfp4_gemm.mxfp4_gemm,
         mxfp4_gemm.mxfp4_gemm_arrange,
         mxfp4_gemm.mxfp4_dequantize,
-        dynamic_mxfp4_quant.dynamic_mxfp4_quant,
-        rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
         rope_mla_kv_cache.rope_mla_kv_cache,
         silu_mul_mxfp4_quant.silu_mul_mxfp4_quant,
     ]

@@ -186,7 +186,7 @@ def check_products() -> None:
     from fusionpasses.kernels import mxfp4_gemm as kernels
     from fusionpasses.kernels.arch import PLAIN
 
-    for seed in range(36):
+    for seed in range(24):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         rows, width, tokens = rng.choice((1, 16, 33, 64)), 32 * rng.choice((1, 3, 8, 13)), rng.choice((1, 5, 9, 17))

@@ -99,6 +99,7 @@ FAMILIES = (
 #: By target and family: with which sources (`python -m tools.codegen --hash`) `pytest -m gpu` passed last, and where.
 RUNS = {
     ("sm_90", "quants"): ("5ff40e03c35c", "H200 2026-11-21"),
+    ("sm_90", "products"): ("bb2b895956d3", "H200 2026-11-21"),
     ("sm_90", "cache"): ("35f131222723", "H200 2026-11-21"),
 }
 
