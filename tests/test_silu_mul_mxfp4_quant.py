@@ -445,3 +445,83 @@ def test_every_mlp_fuses(name):
     expected["deepseek_v3"] = ["model.layers.0.mlp", "model.layers.1.mlp.shared_experts"]
     assert [site.where.module for site in sites] == expected[name]
     assert all(anchor.module.endswith("down_proj") for site in sites for anchor in site.anchors)
+
+
+# ---- found by a reviewer
+
+
+def test_a_product_of_16_bit_factors_that_is_left_in_float32_is_not_rounded():
+    g, u = torch.randn(64, 64).bfloat16() * 4, torch.randn(64, 64).bfloat16()
+    wide = assert_equivalent(lambda g, u: quant(g * torch.sigmoid(g) * u.float()), (g, u))
+    (site,) = wide.report.sites()
+    assert (site.status, site.reason) == (
+        "refused",
+        "up is torch.float32 and gate torch.bfloat16; the fused op takes the same dtype",
+    )
+    rounded = assert_equivalent(lambda g, u: quant((g * torch.sigmoid(g) * u.float()).bfloat16()), (g, u))
+    assert [site.status for site in rounded.report.sites()] == ["fused"]
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 1, 32), (1, 1, 32)])
+@pytest.mark.parametrize("axes", [(), (0,), (-1,), (-2,)], ids=str)
+@pytest.mark.parametrize("op", ["silu_mul_mxfp4_quant", "rmsnorm_mxfp4_quant"])
+def test_a_squeeze_removes_no_axis_of_the_scales(op, axes, shape):
+    """With one block in a row, the last axis of the scales is of size 1, and that of the product is not."""
+
+    def model(x, y):
+        made = (
+            torch.nn.functional.silu(x) * y if op.startswith("silu") else torch.rms_norm(x, (32,), y[0].view(-1)[:32])
+        )
+        return quant(made.squeeze(*axes))
+
+    args = (torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16())
+    result = assert_equivalent(model, args)
+    assert [(site.status, site.op) for site in result.report.sites()] == [("fused", f"{op}.default")]
+    assert result.output[1].shape[-1] == 1
+
+
+def test_a_stride_that_is_not_known_is_a_refusal():
+    def model(x, mask):
+        gate = x[:, mask.nonzero().squeeze(1)].t()
+        return quant(torch.nn.functional.silu(gate) * gate)
+
+    args = (torch.randn(64, 7).bfloat16(), torch.tensor([1, 0, 1, 1, 0, 1, 0]))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (site,) = capture(model, args).report.sites()
+    assert site.status == "refused"
+    assert "the elements of a row of gate are Max(1, u0) apart" in site.reason
+
+
+@pytest.mark.parametrize("step", [lambda g, u: g * torch.sigmoid(g), lambda g, u: g + 0.5 * torch.sigmoid(g) * u])
+def test_long_chains_of_activations_take_no_longer_than_their_length(step):
+    def model(g, u):
+        for _ in range(26):
+            g = step(g, u)
+        return quant(g + u)
+
+    graph = capture(model, (torch.randn(4, 64), torch.randn(4, 64))).graphs[0]
+    assert graph.report.pass_ms < 500  # 2 to 6; it doubled with every second step
+
+
+def test_notes_speak_of_what_is_there_after_all_rewrites():
+    g, u = torch.randn(4, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+
+    def two_products(g, u):
+        s = torch.nn.functional.silu(g)
+        return *quant(s * u), *quant(s * (u + 1))
+
+    def activation_too(g, u):
+        s = torch.nn.functional.silu(g)
+        return *quant(s * u), s
+
+    assert [site.notes for site in assert_equivalent(two_products, (g, u)).report.sites()] == [(), ()]
+    ((note,),) = [site.notes for site in assert_equivalent(activation_too, (g, u)).report.sites()]
+    assert note.endswith("inside the activation has other readers and is still computed by Inductor")
+
+
+def test_reasons_name_what_stands_in_the_way():
+    g, u = torch.randn(6, 64).bfloat16(), torch.randn(6, 64).bfloat16()
+    viewed = capture(lambda g, u: quant(torch.nn.functional.silu(g).view(2, 3, 64) * u.view(2, 3, 64)), (g, u))
+    assert "look through a view between the activation and the product" in viewed.report.sites()[0].reason
+    other_order = capture(lambda g, u: quant(u * g * torch.sigmoid(g)), (g, u))
+    assert "x * sigmoid(x) of one x" in other_order.report.sites()[0].reason

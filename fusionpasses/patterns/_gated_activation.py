@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusionpasses.ops._mxfp4 import BLOCK, INPUT_DTYPES
 from fusionpasses.ops.silu_mul_mxfp4_quant import GELU_CUBIC, GELU_SCALE
@@ -173,7 +174,9 @@ def _read_up_before_widening(gated: Gated) -> None:
     narrow = tensor_of(gated.up.args[0])
     if narrow is None or narrow.dtype != gate.dtype or gate.dtype == torch.float32:
         return
-    if gated.rounded_to is None or gated.act_dtype == gate.dtype:
+    # In 16 bits the op rounds the product at once; the graph's is only where it is cast afterwards.
+    in_float32 = gated.rounded_to is None and gated.cast_order != "cast_each"
+    if in_float32 or gated.act_dtype == gate.dtype:
         gated.nodes.insert(0, gated.up)
         gated.up = gated.up.args[0]
 
@@ -261,7 +264,7 @@ def _check_layout(gated: Gated) -> str | None:
     for name, node in (("gate", gated.gate), ("up", gated.up)):
         value = tensor_of(node)
         apart = value.stride(-1) if value is not None else None
-        if apart != 1:
+        if apart is None or not statically_known_true(apart == 1):
             return (
                 f"the elements of a row of {name} are {apart} apart, as where gate and up take turns; a kernel of "
                 "whole rows would copy it first. Inductor's own reads it as it is"
@@ -320,6 +323,7 @@ _ELEMENTWISE = {
     _CAST,
 }
 _LOOK_BACK = 12  # steps; GELU has eight
+_MOST_STEPS = 64  # of a factor, until what is left counts as where it begins
 
 
 def explain(node: fx.Node) -> tuple[str, str]:
@@ -331,7 +335,7 @@ def explain(node: fx.Node) -> tuple[str, str]:
         return REFUSED, "F.glu gates by a sigmoid; the fused op has silu and tanh-GELU"
     if node.target not in _ELEMENTWISE:
         return NOTHING, ""
-    walked, _ = _walk(node)
+    walked = _walk(node)
     roots = [n for n in walked if n.target in NEAR_MISSES and not _is_softmax(n)]
     if not roots:
         return NOTHING, ""
@@ -349,24 +353,35 @@ def explain(node: fx.Node) -> tuple[str, str]:
         reason += f" (its argument is multiplied by {inner.args[1]})"
     if any(n.target in _CLAMPS for n in walked):
         reason += " (and values are clamped)"
+    if any(is_row_view(n) for n in walked[1:]):
+        reason += "; nor does the recogniser look through a view between the activation and the product"
     return REFUSED, reason
 
 
-def _walk(node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The node and what it is computed from by elementwise steps, nearest first; and where these steps begin."""
-    walked, frontier, sources = [node], [node], set()
+def _walk(node: fx.Node) -> list[fx.Node]:
+    """The node and what it is computed from by elementwise steps, nearest first."""
+    seen, frontier = {node: None}, [node]
     for _ in range(_LOOK_BACK):
-        following: list[fx.Node] = []
-        for current in frontier:
-            if current.target in _ELEMENTWISE or is_row_view(current):
-                following += [n for n in current.all_input_nodes if n not in walked and n not in following]
-            elif current.target in NEAR_MISSES:
-                sources |= _walk(current.all_input_nodes[0])[1]
-            else:
-                sources.add(current)
-        walked += following
-        frontier = following
-    return walked, sources
+        steps = [n for n in frontier if n.target in _ELEMENTWISE or is_row_view(n)]
+        frontier = [n for n in dict.fromkeys(n for step in steps for n in step.all_input_nodes) if n not in seen]
+        seen |= dict.fromkeys(frontier)
+    return [*seen]
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """What a factor is computed from: where elementwise steps and activations begin."""
+    seen, frontier = {node}, [node]
+    sources: set[fx.Node] = set()
+    while frontier:
+        current = frontier.pop()
+        steps = current.target in _ELEMENTWISE or current.target in NEAR_MISSES or is_row_view(current)
+        if not steps or len(seen) > _MOST_STEPS:
+            sources.add(current)
+            continue
+        following = [n for n in current.all_input_nodes if n not in seen]
+        frontier += following
+        seen.update(following)
+    return sources
 
 
 def _below_casts(node: fx.Node) -> fx.Node:
@@ -376,7 +391,7 @@ def _below_casts(node: fx.Node) -> fx.Node:
 
 
 def _multiplies_two(node: fx.Node) -> bool:
-    """Is it a product of two tensors of its shape, neither computed from what the other one is? GELU itself is not."""
+    """Is it a product of two tensors of its shape that do not come from the same one? GELU itself is not."""
     node = _below_casts(node)
     value = tensor_of(node)
     if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2 or value is None:
@@ -384,8 +399,8 @@ def _multiplies_two(node: fx.Node) -> bool:
     factors = [tensor_of(factor) for factor in node.all_input_nodes]
     if not all(factor is not None and same_shape(factor.shape, value.shape) for factor in factors):
         return False
-    a, b = (_walk(factor)[1] for factor in node.all_input_nodes)
-    return not (a <= b or b <= a)
+    # All of GELU's factors come from one tensor.
+    return len(set().union(*map(_sources, node.all_input_nodes))) > 1
 
 
 def _is_softmax(node: fx.Node) -> bool:

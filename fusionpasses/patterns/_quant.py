@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fusionpasses.anchors import Anchor
-from fusionpasses.patterns._graph import bound_arguments, is_contiguous, same_shape, tensor_of
+from fusionpasses.patterns._graph import bound_arguments, is_contiguous, mutating_nodes, same_shape, tensor_of
 from fusionpasses.patterns._pass import FusionPass, Guard, Judgement, Spelling, first_failure, not_from
 from fusionpasses.patterns._views import ROW_VIEWS, is_row_view, replay, through_row_views
 from fusionpasses.report import NOTHING, REFUSED, Site, Where
@@ -54,8 +54,8 @@ def _check_anchor_arguments(node: fx.Node, anchor: Anchor) -> str | None:
 
 def _check_anchor_results(node: fx.Node, anchor: Anchor) -> str | None:
     x, results = tensor_of(node.args[0] if node.args else None), node.meta.get("val")
-    if x is None or not isinstance(results, (tuple, list)) or len(results) != 2:
-        return f"{anchor.op} is not called with a tensor, or has no fake kernel that gives two results"
+    if x is None or not x.dim() or not isinstance(results, (tuple, list)) or len(results) != 2:
+        return f"{anchor.op} is not called with a tensor of rows, or has no fake kernel that gives two results"
     for name, result, per_byte in (("codes", results[0], 2), ("scales", results[1], 32)):
         expected = (*x.shape[:-1], x.shape[-1] // per_byte)
         if result.dtype != torch.uint8 or not same_shape(result.shape, expected) or not is_contiguous(result):
@@ -74,6 +74,17 @@ ANCHOR_GUARDS = (
 
 class QuantPass(FusionPass):
     """Base of the passes that start from a quant: the quant itself, and who else reads what it reads."""
+
+    def begin(self, graph: fx.Graph) -> None:
+        self._mutators = mutating_nodes(graph)
+        self._inside: list[tuple[Site, str, list[fx.Node]]] = []
+
+    def end(self, graph: fx.Graph) -> None:
+        # Only now: what another site of the same run has read may be gone as well.
+        for site, what, nodes in self._inside:
+            kept = sorted(node.name for node in nodes if not node._erased)
+            if kept:
+                site.notes += (f"{', '.join(kept)} inside {what} has other readers and is still computed by Inductor",)
 
     @abc.abstractmethod
     def judge_quant(self, node: fx.Node, anchor: Anchor, base: fx.Node, left: Site) -> Judgement:

@@ -28,7 +28,6 @@ from fusionpasses.patterns._graph import (
     depends_on,
     erase_dead,
     is_contiguous,
-    mutating_nodes,
     same_shape,
     tensor_of,
 )
@@ -158,10 +157,11 @@ class RmsNormMxfp4Quant(QuantPass):
     }
 
     def begin(self, graph: fx.Graph) -> None:
-        self._mutators = mutating_nodes(graph)
+        super().begin(graph)
         self._needs_sort = False
 
     def end(self, graph: fx.Graph) -> None:
+        super().end(graph)
         if self._needs_sort:
             from torch._inductor.pattern_matcher import stable_topological_sort
 
@@ -186,9 +186,6 @@ class RmsNormMxfp4Quant(QuantPass):
         add, notes = _residual_add(c)
         packet = ours.rmsnorm_mxfp4_quant if add is None else ours.rmsnorm_add_mxfp4_quant
         op = packet.with_norm if c.other_readers else packet.default
-        kept = sorted({n.name for n in norm.nodes if n is not norm.root and not set(n.users) <= set(norm.nodes)})
-        if kept:
-            notes.append(f"{', '.join(kept)} inside the norm has other readers and is still computed by Inductor")
         x = tensor_of(norm.x)
         device = x.device.type if x is not None else "cpu"
         name = op_name(op)
@@ -251,6 +248,7 @@ class RmsNormMxfp4Quant(QuantPass):
             self._needs_sort = True
         if c.other_readers:
             norm.root.replace_all_uses_with(out["norm"])
+        self._inside.append((site, "the norm", [n for n in norm.nodes if n is not norm.root]))
         if self.keep_subgraphs:
             site.replacement = text_of(new)
         erase_dead(matched)

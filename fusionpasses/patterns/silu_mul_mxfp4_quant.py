@@ -22,7 +22,7 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _gated_activation
 from fusionpasses.patterns._gated_activation import Gated
-from fusionpasses.patterns._graph import call, erase_dead, is_contiguous, mutating_nodes, tensor_of
+from fusionpasses.patterns._graph import call, erase_dead, is_contiguous, tensor_of
 from fusionpasses.patterns._pass import Guard, Judgement, first_failure
 from fusionpasses.patterns._quant import (
     ANCHOR_GUARDS,
@@ -83,9 +83,6 @@ class SiluMulMxfp4Quant(QuantPass):
     }
     guards = {"quant": ANCHOR_GUARDS, "product": _gated_activation.GUARDS, "site": GUARDS}
 
-    def begin(self, graph: fx.Graph) -> None:
-        self._mutators = mutating_nodes(graph)
-
     def judge_quant(self, node: fx.Node, anchor: Anchor, base: fx.Node, left: Site) -> Judgement:
         gated = _gated_activation.recognise(base)
         if gated is None:
@@ -99,7 +96,6 @@ class SiluMulMxfp4Quant(QuantPass):
             return Judgement(left, base, None)
         op = ours.silu_mul_mxfp4_quant.with_act if c.other_readers else ours.silu_mul_mxfp4_quant.default
         name = op_name(op)
-        kept = sorted({n.name for n in gated.nodes if n is not gated.root and not set(n.users) <= set(gated.nodes)})
         site = Site(
             self.name,
             FUSED,
@@ -108,9 +104,6 @@ class SiluMulMxfp4Quant(QuantPass):
             anchors=tuple(Where.of(q.node.meta) for q in c.quants),
             provider=providers.select(name, gate.device.type, self.config.provider),
             spelling=gated.spelling,
-            notes=(f"{', '.join(kept)} inside the activation has other readers and is still computed by Inductor",)
-            if kept
-            else (),
         )
         covers = tuple(q.node for q in c.quants)
         return Judgement(site, gated.root, lambda: self._rewrite(c, op, site), covers=covers)
@@ -137,6 +130,7 @@ class SiluMulMxfp4Quant(QuantPass):
         new = [fused, *out.values(), *replace_quants(c.quants, out)]
         if c.other_readers:
             gated.root.replace_all_uses_with(out["act"])
+        self._inside.append((site, "the activation", [n for n in gated.nodes if n is not gated.root]))
         if self.keep_subgraphs:
             site.replacement = text_of(new)
         erase_dead(matched)
