@@ -82,7 +82,7 @@ class QuantPass(FusionPass):
     def end(self, graph: fx.Graph) -> None:
         # Only now: what another site of the same run has read may be gone as well.
         for site, what, nodes in self._inside:
-            kept = sorted(node.name for node in nodes if not node._erased)
+            kept = sorted(n.name for n in nodes if not n._erased and not set(n.users) <= set(nodes))
             if kept:
                 site.notes += (f"{', '.join(kept)} inside {what} has other readers and is still computed by Inductor",)
 
