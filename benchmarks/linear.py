@@ -1,19 +1,25 @@
-"""Products with an MXFP4 weight beside bfloat16 ones, dequantise + BLAS, and Marlin.
+"""Products with an MXFP4 weight beside bfloat16 ones, dequantise + BLAS, and other projects' kernels.
 
-``python -m benchmarks.linear [--tokens M ...] [--weights NxK ...] [--vllm-library FILE] [--json FILE]``, on a GPU.
+``python -m benchmarks.linear [--tokens M ...] [--weights NxK ...] [--who NAME ...] [--vllm-library FILE]
+[--triton-kernels-path DIR] [--humming-path DIR] [--json FILE]``, on a GPU.
 
-=============  =========================================================================================================
-bf16           ``torch.mm`` of bfloat16 tensors
-dequantise     the weight dequantised by our kernel to a temporary, then ``torch.mm``
-a16w4          ``mxfp4_gemm_a16w4`` with a prepared weight
-a16w4 linear   the same with the weight as checkpoints have it
-w4a4           ``mxfp4_gemm`` of x in MXFP4, as a fused norm or activation gives it, with a prepared weight
-marlin         ``marlin_gemm`` of vLLM 0.33, with --vllm-library: ``_C_stable_libtorch.abi3.so`` of its wheel
-=============  =========================================================================================================
+==============  ========================================================================================================
+bf16            ``torch.mm`` of bfloat16 tensors
+dequantise      the weight dequantised by our kernel to a temporary, then ``torch.mm``
+a16w4           ``mxfp4_gemm_a16w4`` with a prepared weight
+a16w4 linear    the same with the weight as checkpoints have it
+w4a4            ``mxfp4_gemm`` of x in MXFP4, as a fused norm or activation gives it, with a prepared weight
+marlin          vLLM 0.33's, with --vllm-library: ``_C_stable_libtorch.abi3.so`` of its wheel
+triton_kernels  OpenAI's ``matmul_ogs``, with --triton-kernels-path: the folder that holds the package
+humming         vLLM's Humming, with --humming-path, likewise
+==============  ========================================================================================================
+
+The last three are weight-only, as a16w4 is; what they need: ``benchmarks/linear_peers.py``.
 
 bfloat16, random codes, scales near 1. Times are those of a CUDA graph over weights that are together larger than the L2
 cache (``fusionpasses/bench/timing.py``). Before anything is timed it is compared with the product in float64; printed
-is the relative error (2-norm), of which rounding to bfloat16 makes 1.7e-3.
+is the relative error (2-norm), of which rounding to bfloat16 makes 1.7e-3. At the end: all times, and those of a16w4
+relative to the fastest peer's.
 """
 
 from __future__ import annotations
@@ -21,15 +27,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import _command
+from benchmarks.linear_peers import Humming, Marlin, Peer, TritonKernels
 from fusionpasses.bench.timing import replay_time
 from fusionpasses.kernels import arch
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
@@ -40,6 +47,13 @@ TOKENS = (1, 8, 16, 32, 64, 256, 1024, 4096)
 WEIGHTS = ("18432x7168", "2112x7168", "7168x2048")
 TOGETHER = 260_000_000  # bytes of codes
 MOST_ERROR = 3e-3
+OURS = ("bf16", "dequantise", "a16w4", "a16w4 linear", "w4a4")
+#: Each peer, and the option that says where it is.
+PEERS: dict[str, tuple[str, Callable[[pathlib.Path], Peer]]] = {
+    "marlin": ("--vllm-library", Marlin),
+    "triton_kernels": ("--triton-kernels-path", TritonKernels),
+    "humming": ("--humming-path", Humming),
+}
 
 
 @dataclasses.dataclass
@@ -48,20 +62,17 @@ class Weight:
     scales: Tensor
     rows: int
     values: Tensor | None  # bfloat16; of some weights only, because they are four times as large
+    of_peers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def prepared(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         codes, scales, shift = _mxfp4_weight.prepare(self.codes, self.scales)
         return (codes, scales), {"layout": "tiles", "rows": self.rows, "shift": shift}
 
-    @functools.cached_property
-    def of_marlin(self) -> tuple[Tensor, Tensor]:
-        """In the order of its kernel, by its own op; scales as vLLM 0.33 arranges them."""
-        width = self.codes.shape[1] * 2
-        words = self.codes.view(torch.int32).T.contiguous()
-        packed = torch.ops._C.gptq_marlin_repack(words, width, self.rows, 4, False)
-        scales = self.scales.T.reshape(-1, 8, 8).transpose(1, 2).reshape(-1, 4)[:, [0, 2, 1, 3]]
-        return packed, scales.reshape(width // 32, self.rows).contiguous().view(torch.float8_e8m0fnu)
+    def prepared_for(self, name: str, peer: Peer) -> Any:
+        if name not in self.of_peers:
+            self.of_peers[name] = peer.prepare(self.codes, self.scales)
+        return self.of_peers[name]
 
 
 def weights(rows: int, width: int, device: str) -> list[Weight]:
@@ -76,9 +87,9 @@ def weights(rows: int, width: int, device: str) -> list[Weight]:
     return made
 
 
-def contenders(x: Tensor, *, with_marlin: bool) -> dict[str, Callable[[Weight], Tensor]]:
-    x_codes, x_scales = _mxfp4.quantize(x, "even")
-
+def contenders(
+    x: Tensor, quantized: tuple[Tensor, Tensor], peers: Mapping[str, Peer]
+) -> dict[str, Callable[[Weight], Tensor]]:
     def by_blas(w: Weight) -> Tensor:
         out = x.new_empty(len(x), w.rows)
         values = x.new_empty(w.rows, x.shape[1])
@@ -92,8 +103,11 @@ def contenders(x: Tensor, *, with_marlin: bool) -> dict[str, Callable[[Weight], 
 
     def w4a4(w: Weight) -> Tensor:
         keywords = w.prepared[1] | {"out_dtype": x.dtype, "provider": "triton"}
-        result: Tensor = ours.mxfp4_gemm(x_codes, x_scales, *w.prepared[0], **keywords)
+        result: Tensor = ours.mxfp4_gemm(*quantized, *w.prepared[0], **keywords)
         return result
+
+    def by_peer(name: str, w: Weight) -> Tensor:
+        return peers[name].multiply(x, w.prepared_for(name, peers[name]))
 
     found: dict[str, Callable[[Weight], Tensor]] = {
         "bf16": lambda w: torch.mm(x, w.values.T),  # type: ignore[union-attr]
@@ -102,36 +116,31 @@ def contenders(x: Tensor, *, with_marlin: bool) -> dict[str, Callable[[Weight], 
         "a16w4 linear": lambda w: ours.mxfp4_gemm_a16w4(x, w.codes, w.scales, provider="triton"),
         "w4a4": w4a4,
     }
-    if with_marlin:
-        locks = torch.zeros(1024, dtype=torch.int32, device=x.device)
-        e2m1 = 2 | 1 << 8 | 1 << 16 | 1 << 49  # vLLM's number of the type: bits of exponent, mantissa, sign, finite
-
-        def marlin(w: Weight) -> Tensor:
-            packed, scales = w.of_marlin
-            sizes = (len(x), w.rows, x.shape[1])
-            result: Tensor = torch.ops._C.marlin_gemm(
-                x, None, packed, None, scales, None, None, None, locks, e2m1, *sizes, False, True, False
-            )
-            return result
-
-        found["marlin"] = marlin
-    return found
+    return found | {name: functools.partial(by_peer, name) for name in peers}
 
 
 @torch.inference_mode()
-def measure(tokens: int, every: list[Weight], *, with_marlin: bool, device: str = "cuda") -> list[dict[str, Any]]:
+def measure(
+    tokens: int, every: list[Weight], peers: Mapping[str, Peer], who: Collection[str], device: str = "cuda"
+) -> list[_command.Row]:
     width = every[0].codes.shape[1] * 2
     x = torch.randn(tokens, width, device=device).bfloat16()
-    of_codes = _mxfp4.dequantize(*_mxfp4.quantize(x, "even"))
+    quantized = _mxfp4.quantize(x, "even")
     w = _mxfp4.dequantize(every[0].codes, every[0].scales).double()
+    exact_of = {name: of_x.double() @ w.T for name, of_x in (("w4a4", _mxfp4.dequantize(*quantized)), ("x", x))}
     rows = []
-    for who, run in contenders(x, with_marlin=with_marlin).items():
-        row: dict[str, Any] = {"tokens": tokens, "weight": f"{every[0].rows}x{width}", "who": who}
-        exact = (of_codes if who == "w4a4" else x).double() @ w.T
+    for name, run in contenders(x, quantized, peers).items():
+        if name not in who:
+            continue
+        row: _command.Row = {"tokens": tokens, "weight": f"{every[0].rows}x{width}", "who": name}
+        exact = exact_of["w4a4" if name == "w4a4" else "x"]
         try:
-            row["error"] = float((run(every[0]).double() - exact).norm() / exact.norm())
+            got = run(every[0])
+            if got.shape != exact.shape:
+                raise ValueError(f"got {tuple(got.shape)}, expected {tuple(exact.shape)}")
+            row["error"] = float((got.double() - exact).norm() / exact.norm())
             if row["error"] < MOST_ERROR:
-                used = [weight for weight in every if weight.values is not None or who != "bf16"]
+                used = [weight for weight in every if weight.values is not None or name != "bf16"]
                 for weight in used:
                     run(weight)  # what is prepared once, and cannot be while a graph is captured
                 row["us"] = replay_time([functools.partial(run, weight) for weight in used])
@@ -142,39 +151,76 @@ def measure(tokens: int, every: list[Weight], *, with_marlin: bool, device: str 
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
-    start = f"{row['weight']:>12} {row['tokens']:6d} {row['who']:13}"
+def line(row: _command.Row) -> str:
+    start = f"{row['weight']:>12} {row['tokens']:6d} {row['who']:14}"
     if "failed" in row:
         return f"{start} failed: {row['failed']}"
     timed = f"{row['us']:9.2f}" if "us" in row else f"{'wrong':>9}"
     return f"{start} {timed} {row['error']:9.1e}"
 
 
+def together(rows: Sequence[_command.Row]) -> list[_command.Row]:
+    """For each weight and number of tokens: all times, the fastest peer, and a16w4's time relative to that peer's."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        times = found.setdefault((row["weight"], row["tokens"]), {})
+        if "us" in row:
+            times[row["who"]] = row["us"]
+    result = []
+    for (weight, tokens), times in found.items():
+        best = min(times.keys() & PEERS.keys(), key=times.__getitem__, default=None)
+        of_best = times["a16w4"] / times[best] if best is not None and "a16w4" in times else None
+        result.append({"weight": weight, "tokens": tokens, "us": times, "best_peer": best, "of_best_peer": of_best})
+    return result
+
+
+def table(of_all: Sequence[_command.Row]) -> list[str]:
+    names = [name for name in (*OURS, *PEERS) if any(name in entry["us"] for entry in of_all)]
+    last = ("best peer", "a16w4 / best")
+    lines = [" ".join((f"{'weight':>12} {'tokens':>6}", *(f"{name:>{_width(name)}}" for name in (*names, *last))))]
+    for entry in of_all:
+        times = (f"{entry['us'][name]:.2f}" if name in entry["us"] else "-" for name in names)
+        compared = "-" if entry["of_best_peer"] is None else f"{entry['of_best_peer']:.2f}"
+        cells = zip((*names, *last), (*times, entry["best_peer"] or "-", compared))
+        shown = (f"{cell:>{_width(name)}}" for name, cell in cells)
+        lines.append(" ".join((f"{entry['weight']:>12} {entry['tokens']:6d}", *shown)))
+    return lines
+
+
+def _width(name: str) -> int:
+    return max(len(name), 14 if name == "best peer" else 8)
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="M")
     parser.add_argument("--weights", nargs="+", default=WEIGHTS, metavar="NxK")
-    parser.add_argument("--vllm-library", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--who", nargs="+", choices=(*OURS, *PEERS), metavar="NAME", help="only these (default: all)")
+    for name, (option, _) in PEERS.items():
+        metavar, what = ("FILE", "vLLM's library") if name == "marlin" else ("DIR", f"folder that holds {name}/")
+        parser.add_argument(option, type=pathlib.Path, dest=name, metavar=metavar, help=what)
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="written anew after each number of tokens")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("linear: got no GPU; only a time on a GPU counts. Run it there", file=sys.stderr)
+    places = {name: getattr(args, name) for name in PEERS if getattr(args, name) is not None}
+    for name, place in places.items():
+        if not (place.is_file() if name == "marlin" else (place / name).is_dir()):
+            parser.error(f"{PEERS[name][0]}: got {place}, which is not, or does not hold, {name}")
+    who = args.who or (*OURS, *places)
+    for name in PEERS.keys() & set(who) - places.keys():
+        parser.error(f"--who {name} needs {PEERS[name][0]}")
+    if not _command.has_gpu("linear"):
         return 2
-    if args.vllm_library is not None:
-        torch.ops.load_library(str(args.vllm_library))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
-    print(f"{'weight':>12} {'tokens':>6} {'who':13} {'us':>9} {'error':>9}")
-    torch.manual_seed(0)
-    rows = []
+    peers = {name: PEERS[name][1](place) for name, place in places.items() if name in who}
+    _command.start(f"{'weight':>12} {'tokens':>6} {'who':14} {'us':>9} {'error':>9}")
+    rows: list[_command.Row] = []
     for shape in args.weights:
         n, k = map(int, shape.split("x"))
         every = weights(n, k, "cuda")
         for tokens in args.tokens:
-            rows += measure(tokens, every, with_marlin=args.vllm_library is not None)
-    if args.json:
-        environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    return int(any("us" not in row for row in rows))
+            rows += measure(tokens, every, peers, who)
+            _command.save(args.json, rows, together=together(rows))
+    print("", *table(together(rows)), sep="\n")
+    return _command.status(rows)
 
 
 if __name__ == "__main__":

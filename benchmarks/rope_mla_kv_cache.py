@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import _command
 from fusionpasses.bench import peers
 from fusionpasses.bench.timing import copy_time, replay_time, sets_for
 from fusionpasses.ops import OPS
@@ -179,21 +179,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only-bmm", action="store_true", help="only with the absorbing bmm in front")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("rope_mla_kv_cache: got no GPU; only a time on a GPU counts. Run it there", file=sys.stderr)
+    if not _command.has_gpu("rope_mla_kv_cache"):
         return 2
     rope_of_aiter = None if args.peer_path is None else peers.load_aiter_rope(args.peer_path)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
-    print(f"{'tokens':>6} {'heads':>5} {'who':11} {'us':>9} {'of copy':>8} {'copy us':>9} {'differ':>8} {'error':>9}")
-    torch.manual_seed(0)
-    rows = []
+    columns = f"{'us':>9} {'of copy':>8} {'copy us':>9} {'differ':>8} {'error':>9}"
+    _command.start(f"{'tokens':>6} {'heads':>5} {'who':11} {columns}")
+    rows: list[_command.Row] = []
     for heads, tokens, by_bmm in itertools.product(args.heads, args.tokens, (False, True)):
         if not args.only_bmm or by_bmm:
             rows += measure(tokens, heads, rope_of_aiter, by_bmm=by_bmm)
-    if args.json:
-        environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    return int(any("us" not in row for row in rows))
+    _command.save(args.json, rows)
+    return _command.status(rows)
 
 
 if __name__ == "__main__":
