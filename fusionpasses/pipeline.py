@@ -26,7 +26,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusionpasses import probes, providers
+from fusionpasses import probes, providers, remarks
 from fusionpasses.anchors import Anchor
 from fusionpasses.config import FusionConfig
 from fusionpasses.dump import DumpFolder
@@ -167,6 +167,7 @@ class Pipeline(CustomGraphPass):
         from fusionpasses.patterns._pass import verdicts
 
         report.sites = verdicts(passes)
+        report.messages += remarks.of_graph(graph)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
             self._observe("after", graph)

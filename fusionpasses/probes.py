@@ -55,3 +55,16 @@ def probe_gpu() -> Verdict:
     if count == 0:
         return Verdict(False, f"torch is built for {build}, no device is visible")
     return Verdict(True, f"{build}, {count} device(s)")
+
+
+#: AMD architectures without FP4 arithmetic, by the start of their name. NVIDIA's are told by number.
+_AMD_WITHOUT_FP4 = ("gfx90", "gfx94", "gfx10", "gfx11", "gfx120")
+
+
+def probe_fp4_arithmetic(architecture: str) -> Verdict:
+    """Can a GPU multiply FP4 numbers as they are? ``architecture`` is "sm_90", "gfx942", ..; unknown ones can."""
+    digits = architecture.removeprefix("sm_")
+    old = digits.isdecimal() and int(digits) < 100
+    if old or architecture.startswith(_AMD_WITHOUT_FP4):
+        return Verdict(False, f"{architecture} has no FP4 arithmetic")
+    return Verdict(True, f"{architecture} is not known to lack FP4 arithmetic")

@@ -1,8 +1,8 @@
 """Reports kept beside Inductor's compile cache, because a cache hit runs no pass.
 
-A record is found by the identity of the passes and a hash of the Dynamo graph, its input metadata and the settings
-in force, all known before compilation. Source lines are not in the hash: a site is stored with the index of the graph
-node it came from, and its place is read from the current graph when the record is used.
+A record is found by the identity of the passes and a hash of the Dynamo graph, its input metadata, the GPU and the
+settings in force, all known before compilation. Source lines are not in the hash: a site is stored with the index of
+the graph node it came from, and its place is read from the current graph when the record is used.
 
 Records also travel with ``torch.compiler.save_cache_artifacts()``. A process that loads such a bundle must have
 imported fusionpasses before.
@@ -76,8 +76,10 @@ def _ambient() -> tuple[object, ...]:
     """Settings of this process that decide what AOTAutograd and Inductor make of a graph."""
     import torch._functorch.config
     import torch._inductor.config
+    from torch._inductor.codecache import CacheBase
 
     return (
+        CacheBase.get_system()["hash"],  # in Inductor's key, too: a report may speak of the GPU
         [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)],
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),

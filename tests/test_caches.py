@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import Norm, Projection, Trainable, compile_and_run, mxfp4_linear, tokens
 from torch import Tensor, fx, nn
+from torch._inductor.codecache import CacheBase
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
@@ -449,7 +450,7 @@ def test_key_does_not_depend_on_addresses_orders_or_names():
     assert key_of(graph_of(len, "s77")) == key_of(graph_of(len, "s3"))
 
 
-def test_key_depends_on_everything_else():
+def test_key_depends_on_everything_else(monkeypatch):
     plain = key_of(graph_of(make_function("f", "m")))
     others = [
         key_of(graph_of(make_function("g", "m"))),
@@ -464,6 +465,9 @@ def test_key_depends_on_everything_else():
     with torch._inductor.config.patch(epilogue_fusion=False):
         others.append(key_of(graph_of(make_function("f", "m"))))
     with torch._functorch.config.patch(activation_memory_budget=0.5):
+        others.append(key_of(graph_of(make_function("f", "m"))))
+    with monkeypatch.context() as patch:  # a report may speak of the GPU
+        patch.setattr(CacheBase, "get_system", lambda: {"hash": "another GPU"})
         others.append(key_of(graph_of(make_function("f", "m"))))
     assert len({plain, *others}) == 1 + len(others)
     assert key_of(graph_of(make_function("f", "m"))) == plain
