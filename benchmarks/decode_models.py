@@ -1,4 +1,4 @@
-"""The models of ``benchmarks/decode_step.py``: a batch in the middle of its context, and the step to be measured."""
+"""The models of ``decode_step.py`` and ``decode_tokens.py``: a batch in its context, and the step to be measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fusionpasses as fp
 from examples import mla_decode
 from fusionpasses.bench.chains import aten_quant
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 REAL: dict[str, int] = {
     "vocab_size": 4096,
@@ -66,10 +68,15 @@ class AtenMlaAttention(mla_decode.MlaAttention):
 IN_ATEN: dict[type, type] = {fp.Mxfp4Linear: AtenMxfp4Linear, mla_decode.MlaAttention: AtenMlaAttention}
 
 
+def twin_of(model: _Model) -> _Model:
+    """A copy with modules of its own that shares every weight."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def plain_twin(model: nn.Module) -> nn.Module:
     """A copy that shares every weight, without an op of ours but ``mxfp4_gemm``."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = twin_of(model)
     for module in twin.modules():
         module.__class__ = IN_ATEN.get(type(module), type(module))
     return twin
@@ -107,9 +114,13 @@ class AbsorbedDecoding(Decoding):
 
     @staticmethod
     def build(sizes: dict[str, int], device: str) -> nn.Module:
+        return fp.quantize_mxfp4(AbsorbedDecoding.unquantised(sizes, device))
+
+    @staticmethod
+    def unquantised(sizes: dict[str, int], device: str) -> mla_decode.MlaDecoder:
+        """The model before it is quantised."""
         block = 64 if sizes["hidden_size"] > 1000 else 8
-        config = dataclasses.replace(mla_decode.REAL, **sizes, block=block)
-        return mla_decode.build(config, device)
+        return mla_decode.unquantised(dataclasses.replace(mla_decode.REAL, **sizes, block=block), device)
 
     def __init__(self, model: Any, batch: int, context: int, device: str) -> None:
         sequences = mla_decode.Sequences(model.config, batch, context, device)

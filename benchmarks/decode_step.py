@@ -117,8 +117,19 @@ def noisy_logits(model: Any, decoding: Decoding) -> Tensor:
         decoding.rewind()
 
 
-def _off(logits: Tensor, eager: Tensor) -> float:
+def off(logits: Tensor, eager: Tensor) -> float:
+    """How far logits are from eager's: relative 2-norm."""
     return float((logits - eager).norm() / eager.norm())
+
+
+def near_eager(error: float, noise: float) -> bool:
+    """Is a compiled side no further from eager than roundings elsewhere explain?"""
+    return error <= 2 * noise + 0.05
+
+
+def no_further(fused_error: float, plain_error: float) -> bool:
+    """Is the fused side about as near to eager as the plain one?"""
+    return fused_error <= 1.1 * plain_error + 0.02
 
 
 @torch.no_grad()
@@ -135,7 +146,7 @@ def measure(
     decoding = kind(models["fused"], batch, context, device)
     eager = decoding.step_of(models["fused"])().float()
     decoding.rewind()
-    noise = _off(noisy_logits(models["fused"], decoding), eager)
+    noise = off(noisy_logits(models["fused"], decoding), eager)
     learned: dict[str, list[Kernel]] = {}
     rows = []
     for mode in modes:
@@ -149,9 +160,9 @@ def measure(
             logits = compiled[side]().float()
             decoding.rewind()
             case[side] = {"batch": batch, "mode": mode, "side": side, "compile_s": took, "bytes": moved}
-            case[side] |= {"error": _off(logits, eager), "noise": noise}
+            case[side] |= {"error": off(logits, eager), "noise": noise}
         fused_error, plain_error = (case[side]["error"] for side in SIDES)
-        agree = max(fused_error, plain_error) <= 2 * noise + 0.05 and fused_error <= 1.1 * plain_error + 0.02
+        agree = near_eager(max(fused_error, plain_error), noise) and no_further(fused_error, plain_error)
         for side in SIDES:
             row = case[side] | {"right": agree}
             if agree and device == "cuda":

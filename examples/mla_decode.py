@@ -219,16 +219,21 @@ class MlaDecoder(nn.Module):
         return logits
 
 
-def build(config: MlaConfig, device: str, *, seed: int = 0) -> MlaDecoder:
-    """The model with random weights, quantised: every linear but lm_head is MXFP4, everything else is bfloat16."""
+def unquantised(config: MlaConfig, device: str, *, seed: int = 0) -> MlaDecoder:
+    """The model with random weights, made on the device, all in bfloat16."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = MlaDecoder(config).eval().requires_grad_(False)
+            return MlaDecoder(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+
+
+def build(config: MlaConfig, device: str, *, seed: int = 0) -> MlaDecoder:
+    """The model with random weights, quantised: every linear but lm_head is MXFP4, everything else is bfloat16."""
+    model = unquantised(config, device, seed=seed)
     fp.quantize_mxfp4(model)
     return model
 
