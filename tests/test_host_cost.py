@@ -109,7 +109,10 @@ def recorder() -> Iterator[Recorder]:
 def _kernels() -> list[Any]:
     from fusionpasses.kernels import (
         dynamic_mxfp4_quant,
+        mxfp4_dequantize,
         mxfp4_gemm,
+        mxfp4_gemm_dot,
+        mxfp4_gemm_sum,
         rmsnorm_mxfp4_quant,
         rope_mla_kv_cache,
         silu_mul_mxfp4_quant,
@@ -120,7 +123,9 @@ def _kernels() -> list[Any]:
         rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
         mxfp4_gemm.mxfp4_gemm,
         mxfp4_gemm.mxfp4_gemm_arrange,
-        mxfp4_gemm.mxfp4_dequantize,
+        mxfp4_dequantize.mxfp4_dequantize,
+        mxfp4_gemm_dot.mxfp4_gemm_dot,
+        mxfp4_gemm_sum.mxfp4_gemm_sum,
         rope_mla_kv_cache.rope_mla_kv_cache,
         silu_mul_mxfp4_quant.silu_mul_mxfp4_quant,
     ]
@@ -276,28 +281,37 @@ def test_every_cache_write_launches_the_same_whatever_was_called_before(recorder
         assert [told(recorder, name, args, kwargs) for args, kwargs in calls] == alone
 
 
-@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("way", ["few tokens", "in order", "dots", "many tokens"])
 @pytest.mark.parametrize("name", GEMMS)
 def test_every_product_launches_the_same_whatever_was_called_before(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str, few: bool
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, name: str, way: str
 ) -> None:
-    """Of a few tokens and of many: with launches, torch's product and scratch of its own."""
-    from fusionpasses.kernels import mxfp4_gemm
+    """Of a few tokens, by dots and of many: with launches, torch's product and scratch of its own."""
+    from fusionpasses.kernels import mxfp4_gemm, mxfp4_gemm_dot
 
-    monkeypatch.setattr(mxfp4_gemm, "for_few_tokens", lambda *_: few)
+    monkeypatch.setattr(mxfp4_gemm, "for_few_tokens", lambda *_: way in ("few tokens", "in order"))
+    monkeypatch.setattr(mxfp4_gemm, "decodes_tokens", lambda *_: way != "in order")
+    monkeypatch.setattr(mxfp4_gemm_dot, "for_dot", lambda *_, **__: way == "dots")
     calls = list(OPS[name].samples(torch.device("cpu")))
     alone = []
     for args, kwargs in calls:
         _launch.forget()
         alone.append(told(recorder, name, args, kwargs))
     kernels = {str(entry).partition(" ")[0] for told_ in alone for entry in told_ if isinstance(entry, str)}
-    assert kernels == ({"mxfp4_gemm", "mxfp4_gemm_arrange"} if few else {"mxfp4_dequantize"})
+    few = {"mxfp4_gemm"} | ({"mxfp4_gemm_arrange"} if way == "in order" and name.startswith("mxfp4_gemm.") else set())
+    by_dots = {"mxfp4_gemm_dot"} if way == "dots" else set()  # of weights in layout "linear"
+    assert kernels == (few if way in ("few tokens", "in order") else {"mxfp4_dequantize"} | by_dots)
     _launch.forget()
     for _ in range(2):
         assert [told(recorder, name, args, kwargs) for args, kwargs in calls] == alone
 
 
-def test_a_replayed_product_allocates_scratch_anew(full_calls: list[str], recorder: Recorder) -> None:
+def test_a_replayed_product_allocates_scratch_anew(
+    full_calls: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusionpasses.kernels import mxfp4_gemm_dot
+
+    monkeypatch.setattr(mxfp4_gemm_dot, "for_dot", lambda *_, **__: False)
     args, kwargs = next(iter(OPS["mxfp4_gemm.default"].samples(torch.device("cpu"))))
     scratch = []
     with torch.no_grad():

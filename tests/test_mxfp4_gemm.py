@@ -179,10 +179,66 @@ def emulate_tensor_core() -> None:
     kernels._mma = mma
 
 
+class Stages:
+    """Shared memory and what is on its way there, which arrives as late as the kernel allows."""
+
+    def __init__(self) -> None:
+        self.words: Any = None
+        self.begun: list[Any] = []
+        self.groups: list[list[Any]] = []
+
+    def emulate(self) -> None:
+        from fusionpasses.kernels import _shared_memory as memory
+
+        memory.places, memory.commit, memory.wait = self._places, self._commit, self._wait
+        memory.write16, memory.barrier = self._write, lambda place: None
+        memory.copy16 = lambda *args: self._copy(*args, words=4)
+        memory.copy8 = lambda *args: self._copy(*args, words=2)
+        memory.read16 = lambda place: self._read(place, 4)
+        memory.read8 = lambda place: self._read(place, 2)
+
+    def _places(self, thread: Any, size: Any) -> Any:
+        import numpy as np
+
+        self.words = np.full(int(getattr(size, "value", size)) // 4, 0xDEADBEEF, np.uint32)
+        self.begun, self.groups = [], []
+        return thread * 16
+
+    def _copy(self, place: Any, address: Any, exists: Any, words: int) -> None:
+        import triton.language as tl
+
+        from_ = address.to(tl.pointer_type(tl.uint32))
+        for i in range(words):
+            loaded = tl.load(from_ + i, mask=exists.to(tl.int32) != 0, other=0)
+            self.begun.append((place.handle.data // 4 + i, loaded.handle.data.astype("uint32")))
+
+    def _commit(self, place: Any) -> None:
+        self.groups.append(self.begun)
+        self.begun = []
+
+    def _wait(self, place: Any, groups: Any) -> None:
+        while len(self.groups) > int(getattr(groups, "value", groups)):
+            for at, data in self.groups.pop(0):
+                self.words[at] = data
+
+    def _write(self, place: Any, values: Any) -> None:
+        for i, value in enumerate(values):
+            self.words[place.handle.data // 4 + i] = value.handle.data.view("uint32")
+
+    def _read(self, place: Any, words: int) -> tuple[Any, ...]:
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        kind = tl.block_type(tl.uint32, place.shape)
+        data = [self.words[place.handle.data // 4 + i] for i in range(words)]
+        return tuple(tl.tensor(TensorHandle(d, tl.uint32), kind) for d in data)
+
+
 def check_products() -> None:
     """Layouts, tails of rows, columns and tokens, x as it is and in order, codes for x, bias: sums that are exact."""
     triton_interpreter.cast_bfloat16_as_gpus_do()
     emulate_tensor_core()
+    Stages().emulate()
     from fusionpasses.kernels import mxfp4_gemm as kernels
     from fusionpasses.kernels.arch import PLAIN
 
@@ -190,14 +246,16 @@ def check_products() -> None:
         rng = random.Random(seed)
         torch.manual_seed(seed)
         rows, width, tokens = rng.choice((1, 16, 33, 64)), 32 * rng.choice((1, 3, 8, 13)), rng.choice((1, 5, 9, 17))
-        row_tiles, row_warps, k_warps = rng.choice((1, 2)), rng.choice((1, 2)), rng.choice((1, 2, 4))
-        token_tiles = rng.choice((1, 2, 4))
+        row_tiles, k_warps = rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
+        token_tiles, split, stages = rng.choice((1, 2, 4)), rng.choice((1, 1, 2, 3)), 0
         codes, scales = weight(rows, width, 124, 131)
+        if seed % 4 == 2:  # infinite, in the last block, which is loaded for those that are not there
+            codes[0, -1], scales[0, -1] = 0x77, 254
         want_w = _mxfp4.dequantize(codes, scales)
         layout, shift = kernels.LINEAR, 0
         if seed % 2:
             codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
-            layout = kernels.TILES
+            layout, stages = kernels.TILES, rng.choice((0, 1, 2, 3, 4))
         # Sums of small integers are exact in any order.
         x, x_scales = torch.randint(-3, 4, (tokens, width)).bfloat16(), None
         values = x.float()
@@ -205,7 +263,7 @@ def check_products() -> None:
             x, x_scales = _mxfp4.quantize(values, "even")
             values = _mxfp4.dequantize(x, x_scales)
         stride: int | None = x.stride(0)
-        if x_scales is not None or seed % 3 == 1:
+        if rng.random() < 0.5:
             columns = -(-width // 128)
             arranged = torch.full((-(-tokens // 8) * columns * 1024,), torch.nan).bfloat16()
             kernels.mxfp4_gemm_arrange[(columns, -(-tokens // 8))](
@@ -220,15 +278,16 @@ def check_products() -> None:
                 WARPS=1,
                 ISA=PLAIN,
             )
-            x, stride = arranged, None
+            x, x_scales, stride = arranged, None, None
         bias = torch.randint(-9, 9, (rows,)).float() if seed % 4 else None
-        out = torch.full((tokens, rows), torch.nan)
-        grid = (-(-tokens // (8 * token_tiles)), -(-rows // (16 * row_tiles * row_warps)))
+        out = torch.full((split, tokens, rows), torch.nan)
+        grid = (-(-tokens // (8 * token_tiles)), -(-rows // (16 * row_tiles)), split)
         kernels.mxfp4_gemm[grid](
             x,
+            x_scales,
             codes,
             scales,
-            bias,
+            bias if split == 1 else None,
             out,
             tokens,
             rows,
@@ -238,19 +297,21 @@ def check_products() -> None:
             LAYOUT=layout,
             ROW_TILES=row_tiles,
             TOKEN_TILES=token_tiles,
-            ROW_WARPS=row_warps,
             K_WARPS=k_warps,
-            FETCHED=0,
+            STAGES=stages,
+            SPLIT=split,
             ISA=PLAIN,
         )
-        want = values @ want_w.T + (0 if bias is None else bias)
-        assert torch.equal(out, want), f"seed {seed}: {int((out != want).sum())} of {out.numel()} differ"
+        want = values @ want_w.T + (0 if bias is None or split > 1 else bias)
+        got = out.sum(0)
+        same = (got == want) | (got.isnan() & want.isnan())
+        assert same.all(), f"seed {seed}: {int((~same).sum())} of {got.numel()} differ"
 
 
 def check_values() -> None:
     """Every code with every scale byte, in both layouts, as bfloat16."""
     triton_interpreter.cast_bfloat16_as_gpus_do()
-    from fusionpasses.kernels import mxfp4_gemm as kernels
+    from fusionpasses.kernels import mxfp4_dequantize as kernels
     from fusionpasses.kernels.arch import PLAIN
 
     every = torch.arange(256, dtype=torch.uint8)

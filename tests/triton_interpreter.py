@@ -68,3 +68,21 @@ def fuse_multiply_add_as_gpus_do() -> None:
             return TensorHandle(bits.view(np.float64).astype(np.float32), x.dtype.scalar)
 
     InterpreterBuilder.create_fma = patched
+
+
+def multiply_bfloat16_as_gpus_do() -> None:
+    """The interpreter's own dot takes the bits of bfloat16 for integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def float32(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def patched(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, float32(a), float32(b), *rest)
+
+    InterpreterBuilder.create_dot = patched

@@ -13,7 +13,11 @@ from typing import Any
 
 from fusionpasses.kernels import arch
 from tools.configs import GEMM_CHAINS
+from tools.dot_configs import DOT_CHAINS
 from tools.launches import Launch
+
+#: ``kernels/mxfp4_gemm_dot.DOT_SCALED``.
+_DOT_SCALED = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ def facts(launch: Launch, warp_size: int) -> dict[str, Any]:
     ``maxima``: of float32, for the scale; ``rounded``: two float32 to 16 bits.
     """
     f = launch.constants
-    if launch.kernel.__name__ in [kernel for _, kernel in GEMM_CHAINS.values()]:
+    if launch.kernel.__name__ in [*DOT_CHAINS.values(), *(kernel for _, kernel in GEMM_CHAINS.values())]:
         return _of_a_product(launch)
     dtype = next(launch.signature[name][1:] for name in ("x_ptr", "gate_ptr", "k_pe_ptr") if name in launch.signature)
     counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
@@ -57,7 +61,13 @@ def _of_a_product(launch: Launch) -> dict[str, Any]:
     f = launch.constants
     counts = dict.fromkeys(("pairs", "codes", "maxima", "rounded"), 0)
     products = 8 * f["ROW_TILES"] * f["TOKEN_TILES"] if "ROW_TILES" in f else 0
-    return {"PTX": f["ISA"] == arch.PTX, "dtype": "", "products": products, **counts}
+    dots, codes = "BLOCK_M" in f, f.get("x_scales_ptr", 0) is not None and f.get("MODE") == _DOT_SCALED
+    of_dots = {"dots": dots and not codes, "dots of codes": dots and codes}
+    # Behind mxfp4_gemm_arrange, which has waited.
+    first = launch.kernel.__name__ == "mxfp4_gemm" and f.get("x_stride", 0) is None
+    ptx = f["ISA"] == arch.PTX
+    of_dots |= {"weight first": ptx and first, "copies": ptx and 3 * f.get("STAGES", 0)}
+    return {"PTX": ptx and not first, "dtype": "", "products": products, **of_dots, **counts}
 
 
 def _of_a_rotation(launch: Launch, dtype: str) -> dict[str, int]:
@@ -114,6 +124,10 @@ def _pairs_of(dtype: str) -> Callable[[dict[str, Any]], int]:
     return lambda f: f["pairs"] if f["dtype"] == dtype else 0
 
 
+def _waits_before(accesses: str) -> str:
+    return rf"\A(?:(?![^\n]*\b(?:{accesses})\.)[^\n]*\n)*[^\n]*\bACQBULK\b"
+
+
 #: What kernels/_mxfp4.py and kernels/_pieces.py say of the forms that arch.isa chooses. The plain form claims nothing,
 #: and float32 has its codes in every one.
 CLAIMS = (
@@ -129,14 +143,18 @@ CLAIMS = (
         r"\b(?:F2FP\.B?F16\.F32\.PACK_AB|v_cvt_pk_bf16_f32|v_fma_mixlo_bf16)",
         lambda f: f["rounded"],
     ),
+    Claim("matrix instructions", r"\b(?:HG?MMA|UTCHMMA|v_mfma_|v_wmma_)", lambda f: f.get("dots", 0)),
+    Claim("products of codes", r"\b(?:OMMA|UTCOMMA|v_mfma_scale_|v_wmma_scale_)", lambda f: f.get("dots of codes", 0)),
     Claim("tensor cores", r"\bHMMA\.16816\.F32\.BF16", lambda f: f["products"]),
     # A kernel launched early that reads or writes before it has waited races with the one in front.
+    Claim("waits before any access", _waits_before(r"LDG?|LDGSTS|STG?|REDG?|ATOMG?"), lambda f: f["PTX"]),
     Claim(
-        "waits before any access",
-        r"\A(?:(?![^\n]*\b(?:LDG?|LDGSTS|STG?|REDG?|ATOMG?)\.)[^\n]*\n)*[^\n]*\bACQBULK\b",
-        lambda f: f["PTX"],
+        "waits, if not to copy the weight",
+        _waits_before(r"LDG?|STG?|REDG?|ATOMG?"),
+        lambda f: f.get("weight first", 0),
     ),
-    Claim("lets the next kernel come", r"\bPREEXIT\b", lambda f: f["PTX"]),
+    Claim("lets the next kernel come", r"\bPREEXIT\b", lambda f: f["PTX"] or f.get("weight first", 0)),
+    Claim("tiles on their way", r"\bLDGSTS\.E\S*(?:128|64)\b", lambda f: f.get("copies", 0)),
 )
 
 

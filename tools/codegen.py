@@ -48,6 +48,7 @@ from tools.configs import (
     every,
     pairwise,
 )
+from tools.dot_configs import DOT_CHAINS, DotConfig
 from tools.launches import compile_launch, launches
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ FAMILIES = (
         "products",
         GemmConfig,
         tuple(GEMM_CHAINS),
-        ("_pieces", "arch", "mxfp4_gemm"),
+        ("_pieces", "arch", "_mxfp4_words", "_shared_memory", "mxfp4_gemm", "mxfp4_dequantize", "gemm_choice"),
         "each choice\nof the heuristics with each layout of the weight. The first two kernels are for sm_90 and later.",
     ),
     Family(
@@ -94,12 +95,20 @@ FAMILIES = (
         ("_pieces", "arch", "rope_mla_kv_cache"),
         "all pairs of\nsizes, strides, dtypes, styles, angles, caches and slots, and each choice of the heuristics.",
     ),
+    Family(
+        "dots",
+        DotConfig,
+        tuple(DOT_CHAINS),
+        ("_pieces", "arch", "mxfp4_gemm_dot", "mxfp4_gemm_sum"),
+        "each choice\nof the heuristics, whether rows fill their tiles or not; on NVIDIA targets more than ops call.",
+    ),
 )
 
 #: By target and family: with which sources (`python -m tools.codegen --hash`) `pytest -m gpu` passed last, and where.
 RUNS = {
     ("sm_90", "quants"): ("5ff40e03c35c", "H200 2026-11-21"),
-    ("sm_90", "products"): ("bb2b895956d3", "H200 2026-11-21"),
+    ("sm_90", "products"): ("ad3742daca2d", "H200 2026-11-21"),
+    ("sm_90", "dots"): ("74ee5afeec2a", "H200 2026-11-21"),
     ("sm_90", "cache"): ("35f131222723", "H200 2026-11-21"),
 }
 
@@ -120,6 +129,7 @@ class Result:
     wanted_store: int = 16
     index_load: int = 0  # bytes of an index, or of the cache's scale
     other_loads: tuple[int, ...] = ()
+    widest_load: int = 0  # the least that the widest load is
     contracted: int = 0
     missing: tuple[str, ...] = ()
     error: str = ""
@@ -137,6 +147,8 @@ class Result:
             size < self.wanted_load and size not in (self.index_load, *self.other_loads) for size in self.loads
         ):
             wrong.append(f"loads of {self.loads} bytes")
+        elif max(self.loads) < self.widest_load:
+            wrong.append(f"no load of {self.widest_load} bytes: {self.loads}")
         # Scales are single bytes.
         if min((size for size in self.stores if size > 1 or self.wanted_store == 1), default=0) < self.wanted_store:
             wrong.append(f"stores of {self.stores} bytes")
@@ -228,13 +240,14 @@ def _examine(config: AnyConfig) -> Result:
         spilled=spilled,
         shared=compiled.metadata.shared,
         # One float of each warp. A quant has no sum, and no two of its threads need anything of each other.
-        sums=4 * warps if config.sums and warps > 1 else launch.partial_sums,
+        sums=4 * warps if config.sums and warps > 1 else launch.shared_memory(config.target),
         loads=loads,
         stores=stores,
         wanted_load=launch.wanted_load,
         wanted_store=launch.wanted_store,
         index_load=launch.index_load,
         other_loads=launch.other_loads,
+        widest_load=launch.widest_load,
         contracted=contractions(compiled),
         missing=claims.broken(claims.facts(launch, TARGETS[config.target].warp_size), code),
     )

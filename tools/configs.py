@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tools.dot_configs import DotConfig, every_dot, some_dots
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = torch.float8_e4m3fn
 
@@ -275,7 +277,7 @@ SIZES = {"DeepSeek": (512, 512, 64), "odd": (36, 33, 6)}
 
 #: The op's name, and arguments without data.
 Call = tuple[str, list[Any], dict[str, Any]]
-AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig
+AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig | DotConfig
 
 
 #: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
@@ -380,7 +382,8 @@ def pairwise() -> list[AnyConfig]:
     quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
     gemms = [c for c in every_gemm() if c.target in ("sm_90", "gfx942") and c.rows == 1000 and c.n == 2880]
-    return [*quants, *gated, *gemms, *map(_cache_config, covering(CACHE_FACTORS))]
+    gemms = [c for c in gemms if (c.layout, c.tokens) not in (("linear", 1), ("linear", 64), ("tiles", 16))]
+    return [*quants, *gated, *gemms, *map(_cache_config, covering(CACHE_FACTORS)), *some_dots(TARGETS)]
 
 
 def every_gemm() -> list[GemmConfig]:
@@ -389,13 +392,15 @@ def every_gemm() -> list[GemmConfig]:
     configs = []
     for target, layout in itertools.product(TARGETS, ("linear", "tiles")):
         if target.startswith("sm_"):
-            for tokens, (rows, n) in itertools.product((1, 16, 32), weights):
-                bias = (rows == 1000) != (tokens == 16)
-                configs.append(GemmConfig(target, "few tokens", tokens, rows, n, layout, bias=bias))
-            for n, codes in itertools.product((7168, 2880), (False, True)):
-                configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes))
+            for i, (tokens, (rows, n)) in enumerate(itertools.product((1, 16, 32, 64), weights)):
+                tails = rows == 1000
+                if tails or target == "sm_90":
+                    codes, bias = i % 2 == (layout == "tiles"), tails != (tokens == 16)
+                    configs.append(GemmConfig(target, "few tokens", tokens, rows, n, layout, codes, bias))
+            for n in (7168, 2880):
+                configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes=True))
         for rows, n in weights[::3]:
-            configs.append(GemmConfig(target, "many tokens", 100, rows, n, layout))
+            configs.append(GemmConfig(target, "many tokens", 200, rows, n, layout))
     return configs
 
 
@@ -443,7 +448,8 @@ def every(launches: Launches) -> list[AnyConfig]:
             others = (dataclasses.replace(plain, **turns[(at + i) % len(turns)]) for i in range(len(turns)))
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
     # A gated quant's tile depends on the number of blocks alone, and the subset has both.
-    return [*configs, *every_gemm(), *(config for config in pairwise() if isinstance(config, GatedConfig))]
+    gated = [config for config in pairwise() if isinstance(config, GatedConfig)]
+    return [*configs, *every_gemm(), *every_dot(TARGETS), *gated]
 
 
 def _kind(config: Config, launch: Any) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ import torch
 
 from fusionpasses import kernels
 from tools.configs import DTYPES, FP8, GEMM_CHAINS, TARGETS, AnyConfig, Target
+from tools.dot_configs import DOT_CHAINS, DotConfig, shared_memory
 
 #: Constants that the op's arguments decide; the others are the heuristics'.
 _OF_A_ROTATION = ("HEADS", "NOPE", "ROPE", "FULL", "READ_WOVEN", "WRITE_WOVEN")
@@ -62,8 +63,10 @@ class Launch:
     def wanted_store(self) -> int:
         if self.constants.get("VECTOR") == 1:
             return 1
-        if self.kernel.__name__ == "mxfp4_gemm":
-            return 2  # a thread has single sums
+        if self.kernel.__name__ in ("mxfp4_gemm", "mxfp4_gemm_dot"):
+            return 2  # a thread may have single sums
+        if self.kernel.__name__ == "mxfp4_gemm_sum":
+            return 8 if self.aligned and "rows" in self.divisible else 2
         if "cache_ptr" not in self.signature:
             return 16
         # Eight elements at once, in words where the cache is not aligned.
@@ -78,17 +81,29 @@ class Launch:
     @property
     def other_loads(self) -> tuple[int, ...]:
         """Bytes of what a product loads beside words of codes: scales, biases, eight codes of a token."""
-        return {"mxfp4_gemm": (1, 2, 8), "mxfp4_gemm_arrange": (1, 4), "mxfp4_dequantize": (1,)}.get(
-            self.kernel.__name__, ()
-        )
+        return {
+            "mxfp4_gemm": (1, 2, 8) if self.signature.get("x_scales_ptr", "constexpr") == "constexpr" else (1, 2, 4, 8),
+            "mxfp4_gemm_arrange": (1, 4),
+            "mxfp4_dequantize": (1,),
+            # What few tokens or blocks are, divided by many threads.
+            "mxfp4_gemm_dot": (1, 2, 4, 8),
+            "mxfp4_gemm_sum": (2, 8) if "rows" in self.divisible else (2, 4),
+        }.get(self.kernel.__name__, ())
 
     @property
-    def partial_sums(self) -> int:
-        """Bytes of shared memory in which warps that cut K add up what each has."""
+    def widest_load(self) -> int:
+        """Bytes that codes of a weight are loaded by, where others are too few to tell by the least."""
+        return 16 if self.kernel.__name__ == "mxfp4_gemm_dot" else 0
+
+    def shared_memory(self, target: str) -> int:
+        """Bytes of it that a program may have: operands of a dot, or where warps that cut K add up what each has."""
+        if self.kernel.__name__ == "mxfp4_gemm_dot":
+            return shared_memory(target)
         f = self.constants
-        if f.get("K_WARPS", 1) == 1:
-            return 0
-        return int(self.options["num_warps"]) * 32 * f["ROW_TILES"] * f["TOKEN_TILES"] * 4 * 4
+        if self.kernel.__name__ == "mxfp4_gemm_sum":
+            # Threads load several biases at once, and single sums if rows of these are not aligned.
+            return 0 if "rows" in self.divisible else 4 * int(f["COLUMNS"])
+        return 0
 
     @property
     def tile(self) -> tuple[Any, ...]:
@@ -108,8 +123,17 @@ def launches(config: AnyConfig) -> list[Launch]:
 
     name, arguments, keywords = config.call()
     with _pretended(provider, TARGETS[config.target]) as recorded:
-        provider.ADAPTERS[name](*arguments, **keywords)
-    wanted = GEMM_CHAINS.get(config.chain, ("", ""))[1]
+        if isinstance(config, DotConfig):
+            from fusionpasses.kernels import mxfp4_gemm_dot
+            from fusionpasses.providers import _triton_gemm_dot
+
+            gpu = provider.arch.of(torch.device("meta"))
+            sizes = config.tokens, config.rows, config.n
+            options = mxfp4_gemm_dot.launch_options(*sizes, gpu, config.codes)
+            _triton_gemm_dot.multiply(*arguments, options, gpu)
+        else:
+            provider.ADAPTERS[name](*arguments, **keywords)
+    wanted = DOT_CHAINS.get(config.chain) or GEMM_CHAINS.get(config.chain, ("", ""))[1]
     return [launch for launch in recorded if wanted in ("", launch.kernel.__name__)][: 1 if wanted else None]
 
 

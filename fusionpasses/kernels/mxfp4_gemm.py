@@ -2,7 +2,7 @@
 
 The weight is the left operand of ``mma.m16n8k16``: a warp has tiles of 16 weight rows by 128 elements of K, and eight
 tokens at a time are the right operand. The sum over k may run in any order, so k is numbered such that the codes a
-thread loads at once are those it has to give the tensor core, and nothing goes through shared memory:
+thread loads at once are those it has to give the tensor core, and threads exchange nothing:
 
 ==========  =========================================  ============================  ==================================
 layout      thread ``4 * g + c`` has, of rows g, g+8   as                            scales
@@ -14,16 +14,13 @@ TILES       quarter c of each of the four blocks       a tile is 1024 bytes in a
                                                        order they are taken out      multiplication
 ==========  =========================================  ============================  ==================================
 
-A code becomes a bfloat16 by moving its bits, sign to sign and magnitude to the lowest bits of the exponent and the
-highest of the mantissa: that is its value times 2**-126, and exact. All multiplications that follow are by powers of
-two and exact, too, where ``ops/_mxfp4_weight.prepare`` allows TILES; so the result is float32 sums of exact products.
+All multiplications by scales are by powers of two and exact, where ``ops/_mxfp4_weight.prepare`` allows TILES; so the
+result is float32 sums of exact products.
 
-A thread loads 16 bytes of each token for 16 bytes of a weight row; from 9 tokens on, these loads would be what binds,
-scattered as they are over eight rows of x. So x is put in the order of the threads first (``mxfp4_gemm_arrange``), and
-MXFP4 tokens become bfloat16 there, once and not for each row of the weight.
-
-Warps of a program share rows, or cut K among them (``K_WARPS``); then their sums are added in a fixed order: a result
-has the same bytes in every call.
+Warps of a program have the same rows and cut K among them, so that a program reads x once for all its rows: x and not
+the weight is what most bytes come from L2 for, otherwise. Programs may cut K, too (``SPLIT``). Tiles are on their way
+to shared memory some steps ahead, each thread's part to a place of its own (``STAGES``): in registers, ptxas would put
+the load off to where it is used. Sums are added in a fixed order: a result has the same bytes in every call.
 """
 
 # ruff: noqa: RET505, RUF005
@@ -36,70 +33,87 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _pieces
+from fusionpasses.kernels import _mxfp4_words, _shared_memory
+from fusionpasses.kernels._mxfp4_words import LINEAR, TILES
 from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
 
-LINEAR = tl.constexpr(0)
-TILES = tl.constexpr(1)
-
-#: A weight of so many codes and more is large: what is read ahead of it would drive itself out of L2.
+#: A weight of so many codes and more is large: it is not in the L2 cache when it is read a second time.
 LARGE = 2**26
+
+#: Row tiles, warps and stages for 8, 16 and 32 tokens. More of a program's registers hold sums of more rows, of more
+#: tokens. The best of some 30 each on an H200, for 18432 x 7168, 2112 x 7168 and 7168 x 2048.
+_CHOICES = {
+    1: ((1, 8, 4), (3, 4, 4), (4, 8, 4)),
+    2: ((4, 8, 4), (5, 8, 3)),
+    4: ((3, 4, 4), (4, 4, 8), (4, 8, 4)),
+}
+_MOST_SPLIT = 8
 
 
 def for_few_tokens(tokens: int, rows: int, width: int, arch: Arch) -> bool:
     """Is it ``mxfp4_gemm`` that runs? Else ``mxfp4_dequantize``, and torch's product.
 
     To write a weight in bfloat16 and read it again takes a small one's product twice as long, and a large one's three
-    times; mxfp4_gemm reads x once for each 16 or 32 rows of the weight, which takes longer from there on.
+    times; mxfp4_gemm takes every 32 tokens about as long as the first 32.
     """
-    return arch.hopper_ptx and tokens <= (64 if rows * width >= LARGE else 32)
+    return arch.hopper_ptx and tokens <= (128 if rows * width >= LARGE else 64)
+
+
+def decodes_tokens(tokens: int, rows: int, width: int) -> bool:
+    """Does every program decode MXFP4 x? Else it is put in order, and made bfloat16, once for all.
+
+    That is a launch more, which takes longer than to decode a few. A large weight's programs for 16 tokens have no
+    registers left for it.
+    """
+    return tokens <= (8 if rows * width >= LARGE else 16)
 
 
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
-    """Tile and compile options, and whether x is put in order first.
-
-    Measured on an H200 with weights of 18432 x 7168, 2112 x 7168 and 7168 x 2048, in CUDA graphs: some 30 choices for
-    1, 16 and 32 tokens each. Many warps of few registers are best for few tokens, each with a tile of 16 rows.
-    """
-    large = rows * width >= LARGE
-    # Too few tiles to give each multiprocessor eight warps of its own.
-    narrow = -(-rows // 16) * 4 < 8 * arch.processors
-    if tokens <= 8 or (narrow and tokens <= 16):
-        chosen = (1, 1, 1, 8 if narrow else 4, 0 if large else 4)
-    elif narrow:
-        chosen = (1, 4, 1, 8, 0)
-    elif tokens <= 16:
-        chosen = (2, 2, 1, 4, 0) if large else (1, 2, 2, 4, 2)
-    else:
-        chosen = (2, 4, 2, 2, 4) if large else (2, 4, 1, 4, 2)
-    row_tiles, token_tiles, row_warps, k_warps, fetched = chosen
+    """Tile and compile options: of ``_CHOICES`` and ways to cut K, what should take least time."""
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     columns = -(-width // 128)
-    k_warps = min(k_warps, triton.next_power_of_2(columns))
+    least = None
+    for row_tiles, most_warps, stages in _CHOICES[token_tiles]:
+        k_warps = min(most_warps, triton.next_power_of_2(columns))
+        enough = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) >= 2 * arch.processors
+        for split in range(1, 2 if enough else max(1, min(_MOST_SPLIT, columns // k_warps)) + 1):
+            cost = _cost(tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors)
+            if least is None or cost < least[0]:
+                least = cost, row_tiles, k_warps, stages, split
+    _, row_tiles, k_warps, stages, split = least
     return {
         "ROW_TILES": row_tiles,
         "TOKEN_TILES": token_tiles,
-        "ROW_WARPS": row_warps,
         "K_WARPS": k_warps,
-        "FETCHED": fetched,
-        "ARRANGED": tokens > 8,
-        "num_warps": row_warps * k_warps,
+        "STAGES": stages,
+        "SPLIT": split,
+        "num_warps": k_warps,
         "enable_fp_fusion": False,
         "launch_pdl": True,
     }
 
 
-def dequantize_options(arch: Arch) -> dict[str, int | bool]:
-    """Two words a thread: one takes twice as long on an H200, more take 2 % longer."""
-    options: dict[str, int | bool] = {
-        "UNROLLED": 2,
-        "LANES": 4 * arch.warp_size,
-        "num_warps": 4,
-        "enable_fp_fusion": False,
-    }
-    if arch.hopper_ptx:
-        options["launch_pdl"] = True
-    return options
+def _cost(
+    tokens: int,
+    rows: int,
+    columns: int,
+    row_tiles: int,
+    token_tiles: int,
+    k_warps: int,
+    split: int,
+    processors: int,
+) -> float:
+    """Time in tiles of the weight; one took 45 to 65 ns of a multiprocessor of an H200."""
+    programs = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) * split
+    busiest = -(-programs // processors)  # programs on one multiprocessor
+    tiles = busiest * row_tiles * -(-columns // (k_warps * split)) * k_warps
+    loads_of_x = 0.3 * token_tiles / row_tiles
+    too_few_warps = max(1.0, 8 / (busiest * k_warps))
+    begin_and_end = busiest * k_warps
+    # A launch, and sums that are written and read.
+    another_kernel = 15 + split * tokens * rows / 35000 if split > 1 else 0
+    return tiles * (1 + loads_of_x) * too_few_warps + begin_and_end + another_kernel
 
 
 @triton.jit
@@ -115,103 +129,7 @@ def _mma(a0, a1, a2, a3, b0, b1, c):
     )
 
 
-@triton.jit
-def _low_halves(a, b, ISA: tl.constexpr):
-    if ISA == PTX:
-        return _pieces.packed("prmt.b32 $0, $1, $2, 0x5410;", a, b)
-    else:
-        return (a & 0xFFFF) | (b << 16)
-
-
-@triton.jit
-def _high_halves(a, b, ISA: tl.constexpr):
-    if ISA == PTX:
-        return _pieces.packed("prmt.b32 $0, $1, $2, 0x7632;", a, b)
-    else:
-        return (a >> 16) | (b & 0xFFFF0000)
-
-
-@triton.jit
-def _times(words, word, ISA: tl.constexpr):
-    return (
-        _pieces.multiply_word(words[0], word, tl.bfloat16, ISA),
-        _pieces.multiply_word(words[1], word, tl.bfloat16, ISA),
-        _pieces.multiply_word(words[2], word, tl.bfloat16, ISA),
-        _pieces.multiply_word(words[3], word, tl.bfloat16, ISA),
-    )
-
-
-@triton.jit
-def _apart(w, ISA: tl.constexpr):
-    """Eight elements, in pairs of neighbours, in pairs j, j + 4."""
-    even = _low_halves(w[0], w[2], ISA), _high_halves(w[0], w[2], ISA)
-    return even + (_low_halves(w[1], w[3], ISA), _high_halves(w[1], w[3], ISA))
-
-
-@triton.jit
-def _together(p, ISA: tl.constexpr):
-    """The other way round."""
-    low = _low_halves(p[0], p[1], ISA), _low_halves(p[2], p[3], ISA)
-    return low + (_high_halves(p[0], p[1], ISA), _high_halves(p[2], p[3], ISA))
-
-
-# ---- codes to bfloat16
-
-
-@triton.jit
-def _pairs(word, LAYOUT: tl.constexpr):
-    """Eight codes as four pairs of bfloat16, times 2**-126.
-
-    Pair j holds codes j and j + 4 of a word of a checkpoint; 2 * j and 2 * j + 1 of a prepared one.
-    """
-    if LAYOUT == TILES:
-        last = ((word << 1) & 0x80008000) | ((word >> 5) & 0x01000100) | ((word >> 4) & 0x00C000C0)
-        return word & 0x81C081C0, (word << 3) & 0x81C081C0, (word << 6) & 0x81C081C0, last
-    else:
-        return (
-            ((word << 12) & 0x80008000) | ((word << 6) & 0x01C001C0),
-            ((word << 8) & 0x80008000) | ((word << 2) & 0x01C001C0),
-            ((word << 4) & 0x80008000) | ((word >> 2) & 0x01C001C0),
-            (word & 0x80008000) | ((word >> 6) & 0x01C001C0),
-        )
-
-
-@triton.jit
-def _power(byte):
-    """A scale byte as a pair of bfloat16: 2**(byte - 127), NaN for 255."""
-    bits = tl.where(byte == 0, 0x40, byte << 7)
-    return tl.where(byte == 255, 0x7FFF, bits) * 0x00010001
-
-
-@triton.jit
-def _scaled(word, scale, LAYOUT: tl.constexpr, ISA: tl.constexpr):
-    """Values of eight codes, as four pairs; ``scale`` a pair of bfloat16."""
-    pairs = _pairs(word, LAYOUT)
-    if LAYOUT == LINEAR:
-        # 2**126 first: then the product is exact for every scale.
-        pairs = _times(pairs, tl.full(word.shape, 0x7E807E80, tl.uint32), ISA)
-    return _times(pairs, scale, ISA)
-
-
 # ---- what a thread loads
-
-
-@triton.jit
-def _two_words(base):
-    return tl.split(tl.load(base[:, None] + tl.arange(0, 2)[None, :]))
-
-
-@triton.jit
-def _four_words(base, mask, MODIFIER: tl.constexpr):
-    pointers = base[:, None] + tl.arange(0, 4)[None, :]
-    if mask is None:
-        words = tl.load(pointers, cache_modifier=MODIFIER)
-    else:
-        words = tl.load(pointers, mask=mask[:, None], other=0, cache_modifier=MODIFIER)
-    even, odd = tl.split(tl.reshape(words, [words.shape[0], 2, 2]))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -225,59 +143,40 @@ def _load_weights(
     c,
     ROW_TILES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """For each tile, words of rows g and g + 8 and the words of their scales, four and one each.
 
     There are no masks: of a row or column that is not there, the last one is loaded; its product is not stored, or is
-    with zeros.
+    with zeros. Then its scale must not make it infinite, which no prepared one does.
     """
     COLUMNS: tl.constexpr = (BLOCKS + 3) // 4
     weights = ()
+    is_block = column * 4 + c < BLOCKS
     column = tl.minimum(column, COLUMNS - 1)
     for r in tl.static_range(ROW_TILES):
         if LAYOUT == TILES:
             tile = tl.minimum(first + r, (rows - 1) // 16)
             at = tile.to(tl.int64) * COLUMNS + column
             words = w_ptr.to(tl.pointer_type(tl.uint32)) + at * 256 + (g * 4 + c) * 4
-            low = _four_words(words, None, ".cg")
-            high = _four_words(words + 128, None, ".cg")
-            s_low, s_high = _two_words(scales_ptr.to(tl.pointer_type(tl.uint32)) + at * 16 + g * 2)
+            low = _mxfp4_words.four_words(words, None, ".cg")
+            high = _mxfp4_words.four_words(words + 128, None, ".cg")
+            s_low, s_high = _mxfp4_words.two_words(scales_ptr.to(tl.pointer_type(tl.uint32)) + at * 16 + g * 2)
         else:
             block = tl.minimum(column * 4 + c, BLOCKS - 1)
             row = (first + r) * 16 + g
             at_low = tl.minimum(row, rows - 1).to(tl.int64) * BLOCKS + block
             at_high = tl.minimum(row + 8, rows - 1).to(tl.int64) * BLOCKS + block
-            low = _four_words(w_ptr.to(tl.pointer_type(tl.uint32)) + at_low * 4, None, ".cg")
-            high = _four_words(w_ptr.to(tl.pointer_type(tl.uint32)) + at_high * 4, None, ".cg")
+            low = _mxfp4_words.four_words(w_ptr.to(tl.pointer_type(tl.uint32)) + at_low * 4, None, ".cg")
+            high = _mxfp4_words.four_words(w_ptr.to(tl.pointer_type(tl.uint32)) + at_high * 4, None, ".cg")
             s_low = tl.load(scales_ptr + at_low).to(tl.uint32)
             s_high = tl.load(scales_ptr + at_high).to(tl.uint32)
+            if not EVEN:
+                s_low = tl.where(is_block, s_low, 127)
+                s_high = tl.where(is_block, s_high, 127)
         weights = weights + ((low, high, s_low, s_high),)
     return weights
-
-
-@triton.jit
-def _fetch_weights(w_ptr, scales_ptr, first, rows, column, lane, ROW_TILES: tl.constexpr, BLOCKS: tl.constexpr):
-    """Has L2 read the tiles of a column: to wait for DRAM in a later step, a thread would need more registers.
-
-    Eight threads fetch the lines of a tile, a ninth those of its scales, the other half of the warp the next tile.
-    """
-    COLUMNS: tl.constexpr = (BLOCKS + 3) // 4
-    line = lane % 16
-    for r in tl.static_range(0, ROW_TILES, 2):
-        tile = first + r + lane // 16
-        at = tile.to(tl.int64) * COLUMNS + column
-        weight = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + at * 1024 + line * 128
-        scales = scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + at * 64
-        wanted = (line < 9) & (column < COLUMNS) & (tile * 16 < rows) & (lane // 16 + r < ROW_TILES)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r",
-            [tl.where(line < 8, weight, scales), wanted.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -313,11 +212,11 @@ def _load_tokens(
         if PACKED:
             word = tl.load(row + (block * 4 + quarter), mask=inside, other=None if EVEN else 0)
             byte = tl.load(x_scales_ptr + (token * x_scales_stride + tl.minimum(block, BLOCKS - 1)))
-            pairs = _scaled(word, _power(byte.to(tl.uint32)), LINEAR, ISA)
-            result = result + (_together(pairs, ISA) if LAYOUT == TILES else pairs,)
+            pairs = _mxfp4_words.scaled(word, _mxfp4_words.power(byte.to(tl.uint32)), LINEAR, ISA)
+            result = result + (_mxfp4_words.together(pairs, ISA) if LAYOUT == TILES else pairs,)
         else:
-            w = _four_words(row + (block * 16 + quarter * 4), inside, "")
-            result = result + (w if LAYOUT == TILES else _apart(w, ISA),)
+            w = _mxfp4_words.four_words(row + (block * 16 + quarter * 4), inside, "")
+            result = result + (w if LAYOUT == TILES else _mxfp4_words.apart(w, ISA),)
     return result
 
 
@@ -336,7 +235,7 @@ def _scale_of(word, q: tl.constexpr, LAYOUT: tl.constexpr):
     if LAYOUT == TILES:
         return ((word >> (8 * q)) & 0xFF) * 0x00800080
     else:
-        return _power(word)
+        return _mxfp4_words.power(word)
 
 
 @triton.jit
@@ -344,8 +243,8 @@ def _add_tile(acc, weight, x, TOKEN_TILES: tl.constexpr, LAYOUT: tl.constexpr, I
     """Sums of a tile's rows with all tokens, four for each tile of tokens, after one more tile of the weight."""
     low, high, s_low, s_high = weight
     for q in tl.static_range(4):
-        a = _scaled(low[q], _scale_of(s_low, q, LAYOUT), LAYOUT, ISA)
-        b = _scaled(high[q], _scale_of(s_high, q, LAYOUT), LAYOUT, ISA)
+        a = _mxfp4_words.scaled(low[q], _scale_of(s_low, q, LAYOUT), LAYOUT, ISA)
+        b = _mxfp4_words.scaled(high[q], _scale_of(s_high, q, LAYOUT), LAYOUT, ISA)
         new = ()
         for n in tl.static_range(TOKEN_TILES):
             y = x[n * 4 + q]
@@ -357,26 +256,42 @@ def _add_tile(acc, weight, x, TOKEN_TILES: tl.constexpr, LAYOUT: tl.constexpr, I
     return acc
 
 
-@triton.jit
-def _joined(t, COUNT: tl.constexpr):
-    """``COUNT`` tensors, a power of two, as one with further axes of two."""
-    if COUNT == 1:
-        return t[0]
-    else:
-        pairs = ()
-        for i in tl.static_range(COUNT // 2):
-            pairs = pairs + (tl.join(t[2 * i], t[2 * i + 1]),)
-        return _joined(pairs, COUNT // 2)
+# ---- weights on their way to shared memory, where each thread reads what it has copied itself
 
 
 @triton.jit
-def _parted(t, COUNT: tl.constexpr):
-    """The other way round, of ``[N, COUNT]``."""
-    if COUNT == 1:
-        return (tl.reshape(t, [t.shape[0]]),)
-    else:
-        a, b = tl.split(tl.reshape(t, [t.shape[0], COUNT // 2, 2]))
-        return _parted(a, COUNT // 2) + _parted(b, COUNT // 2)
+def _stage(
+    place,
+    place_of_scales,
+    weight,
+    scales,
+    column,
+    left,
+    AHEAD: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Begins to copy what a thread needs of the tile that comes AHEAD tiles after the first of a column; or zeros."""
+    r: tl.constexpr = AHEAD % ROW_TILES
+    AFTER: tl.constexpr = AHEAD // ROW_TILES * APART
+    OFFSET: tl.constexpr = r * COLUMNS + AFTER
+    exists = (column + AFTER < COLUMNS) & (r < left)
+    _shared_memory.copy16(place, weight + OFFSET * 1024, exists)
+    _shared_memory.copy16(place + THREADS * 16, weight + (OFFSET * 1024 + 512), exists)
+    _shared_memory.copy8(place_of_scales, scales + OFFSET * 64, exists)
+    _shared_memory.commit(place)
+
+
+@triton.jit
+def _staged(place, place_of_scales, STAGES: tl.constexpr, THREADS: tl.constexpr):
+    """The oldest tile on its way."""
+    _shared_memory.wait(place, STAGES - 1)
+    low = _shared_memory.read16(place)
+    high = _shared_memory.read16(place + THREADS * 16)
+    s_low, s_high = _shared_memory.read8(place_of_scales)
+    return low, high, s_low, s_high
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -392,7 +307,10 @@ def mxfp4_gemm_arrange(
     WARPS: tl.constexpr,
     ISA: tl.constexpr,
 ):
-    """Tokens in the order in which the threads of ``mxfp4_gemm`` load them, 16 bytes each; codes become bfloat16."""
+    """Tokens in the order in which the threads of ``mxfp4_gemm`` load them, 16 bytes each; codes become bfloat16.
+
+    Once for all rows of the weight. It must wait before it lets ``mxfp4_gemm`` start, which relies on that.
+    """
     BLOCKS: tl.constexpr = K // 32
     COLUMNS: tl.constexpr = (BLOCKS + 3) // 4
     if ISA == PTX:
@@ -423,9 +341,81 @@ def mxfp4_gemm_arrange(
         tl.store(pointers, words, mask=(column < COLUMNS)[:, None])
 
 
+# ---- results
+
+
+@triton.jit
+def _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists):
+    """What a warp has of a tile of 16 rows and 8 tokens, the r-th and n-th after ``row`` and ``token``."""
+    for i in tl.static_range(4):
+        row_i = row + r * 16 + 8 * (i // 2)
+        token_i = token + n * 8 + i % 2
+        value = sums[i] * factor
+        stored = exists & (row_i < rows) & (token_i < tokens)
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + row_i, mask=stored, other=0).to(tl.float32)
+        tl.store(out_ptr + (token_i.to(tl.int64) * rows + row_i), value.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _sum_of_warps(place, K_WARPS: tl.constexpr):
+    """In the order of the warps."""
+    total = (0.0, 0.0, 0.0, 0.0)
+    for warp in tl.static_range(K_WARPS):
+        new = ()
+        words = _shared_memory.read16(place + warp * 512)
+        for i in tl.static_range(4):
+            new = new + (total[i] + words[i].to(tl.float32, bitcast=True),)
+        total = new
+    return total
+
+
+@triton.jit
+def _store_sums(
+    acc,
+    thread,
+    place,
+    bias_ptr,
+    out_ptr,
+    first_row,
+    first_token,
+    tokens,
+    rows,
+    factor,
+    COUNT: tl.constexpr,  # of tiles of 16 rows and 8 tokens
+    AT_ONCE: tl.constexpr,  # that there is room for in shared memory
+    TOKEN_TILES: tl.constexpr,
+    K_WARPS: tl.constexpr,
+):
+    row = first_row + thread % 32 // 4
+    token = first_token + thread % 4 * 2
+    if K_WARPS == 1:
+        for t in tl.static_range(COUNT):
+            sums = acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]
+            r, n = t // TOKEN_TILES, t % TOKEN_TILES
+            _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
+    else:
+        warp = thread // 32
+        _shared_memory.wait(place, 0)
+        for begin in tl.static_range(0, COUNT, AT_ONCE):
+            _shared_memory.barrier(place)
+            for t in tl.static_range(begin, min(begin + AT_ONCE, COUNT)):
+                sums = acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]
+                _shared_memory.write16(place + (t - begin) * (K_WARPS * 512), sums)
+            _shared_memory.barrier(place)
+            # Tiles are dealt out to the warps.
+            for i in tl.static_range(0, min(AT_ONCE, COUNT - begin), K_WARPS):
+                mine = i + warp
+                exists = mine < min(AT_ONCE, COUNT - begin)
+                sums = _sum_of_warps(place + (tl.where(exists, mine, 0) * K_WARPS - warp) * 512, K_WARPS)
+                r, n = (begin + mine) // TOKEN_TILES, (begin + mine) % TOKEN_TILES
+                _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists)
+
+
 @triton.jit(do_not_specialize=["tokens", "rows"])
 def mxfp4_gemm(
-    x_ptr,  # bfloat16
+    x_ptr,  # bfloat16, or codes
+    x_scales_ptr,  # None: x is bfloat16
     w_ptr,
     w_scales_ptr,
     bias_ptr,  # or None
@@ -436,126 +426,115 @@ def mxfp4_gemm(
     factor,  # float32, a power of two that all sums take
     K: tl.constexpr,
     LAYOUT: tl.constexpr,
-    ROW_TILES: tl.constexpr,  # of a warp
+    ROW_TILES: tl.constexpr,
     TOKEN_TILES: tl.constexpr,  # of eight tokens
-    ROW_WARPS: tl.constexpr,
     K_WARPS: tl.constexpr,
-    FETCHED: tl.constexpr,  # steps that the weight is brought to L2 ahead
+    STAGES: tl.constexpr,  # tiles of the weight that a thread has on their way; 0: it waits for each
+    SPLIT: tl.constexpr,  # of K over programs, each with its sums [tokens, rows] in out
     ISA: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = K // 32
     COLUMNS: tl.constexpr = (BLOCKS + 3) // 4
-    STEPS: tl.constexpr = (COLUMNS + K_WARPS - 1) // K_WARPS
-    EVEN: tl.constexpr = BLOCKS % (4 * K_WARPS) == 0
+    APART: tl.constexpr = K_WARPS * SPLIT
+    STEPS: tl.constexpr = (COLUMNS + APART - 1) // APART
+    EVEN: tl.constexpr = BLOCKS % (4 * APART) == 0
     SUMS: tl.constexpr = TOKEN_TILES * 4
+    THREADS: tl.constexpr = K_WARPS * 32
     # One element for each thread, in one dimension: Triton has no choice which thread has which, and each thread holds
     # what the tensor core expects of it.
-    thread = tl.arange(0, ROW_WARPS * K_WARPS * 32)
+    thread = tl.arange(0, THREADS)
     lane = thread % 32
     g = lane // 4
     c = lane % 4
-    first = (tl.program_id(1) * ROW_WARPS + thread // 32 % ROW_WARPS) * ROW_TILES
-    start = thread // (32 * ROW_WARPS)
+    first = tl.program_id(1) * ROW_TILES
+    start = tl.program_id(2) * K_WARPS + thread // 32
     first_token = tl.program_id(0) * (TOKEN_TILES * 8)
-    FETCHES: tl.constexpr = FETCHED if LAYOUT == TILES and ISA == PTX else 0
-    # Even before the kernel in front has ended: what it may still write is written to L2, too.
-    for step in tl.static_range(FETCHES):
-        _fetch_weights(w_ptr, w_scales_ptr, first, rows, start + step * K_WARPS, lane, ROW_TILES, BLOCKS)
-    if ISA == PTX:
+    # Where x is arranged, the kernel before is mxfp4_gemm_arrange, which has itself waited for all that may have
+    # written the weight: only x is to be waited for.
+    if ISA == PTX and x_stride is not None:
         gdc_wait()
+
+    SIZE: tl.constexpr = THREADS * 40
+    AT_ONCE: tl.constexpr = STAGES * 5 // 2 if STAGES > 0 else 4
+    place = thread
+    if STAGES > 0 or K_WARPS > 1:
+        place = _shared_memory.places(thread, THREADS * 16 * AT_ONCE + THREADS * (STAGES % 2 * 8))
+    if STAGES > 0:
+        place_of_scales = place + THREADS * 32 - thread * 8
+        at = first.to(tl.int64) * COLUMNS + start
+        weight = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + at * 1024 + lane * 16
+        scales = w_scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + at * 64 + g * 8
+        left = (rows + 15) // 16 - first
+        for i in tl.static_range(STAGES):
+            to = place + SIZE * i, place_of_scales + SIZE * i
+            _stage(to[0], to[1], weight, scales, start, left, i, ROW_TILES, COLUMNS, APART, THREADS)
+        slot = tl.zeros([THREADS], tl.int32)
+    if ISA == PTX:
+        if x_stride is None:
+            gdc_wait()
         gdc_launch_dependents()
 
     acc = ()
     for _ in tl.static_range(ROW_TILES * SUMS):
-        acc = acc + (tl.zeros([ROW_WARPS * K_WARPS * 32], tl.float32),)
+        acc = acc + (tl.zeros([THREADS], tl.float32),)
     for step in tl.range(STEPS):
-        column = start + step * K_WARPS
-        if FETCHES > 0:
-            ahead = column + FETCHES * K_WARPS
-            _fetch_weights(w_ptr, w_scales_ptr, first, rows, ahead, lane, ROW_TILES, BLOCKS)
-        weights = _load_weights(w_ptr, w_scales_ptr, first, rows, column, g, c, ROW_TILES, BLOCKS, LAYOUT)
+        column = start + step * APART
+        if STAGES == 0:
+            weights = _load_weights(w_ptr, w_scales_ptr, first, rows, column, g, c, ROW_TILES, BLOCKS, EVEN, LAYOUT)
         x = ()
         for n in tl.static_range(TOKEN_TILES):
             if x_stride is None:
                 tile = tl.minimum(tl.program_id(0) * TOKEN_TILES + n, (tokens - 1) // 8)
                 for q in tl.static_range(4):
                     exists = None if EVEN else column < COLUMNS
-                    x = x + (_four_words(_arranged(x_ptr, tile, column, lane, q, BLOCKS), exists, ""),)
+                    x = x + (_mxfp4_words.four_words(_arranged(x_ptr, tile, column, lane, q, BLOCKS), exists, ""),)
             else:
                 x = x + _load_tokens(
-                    x_ptr, None, first_token + n * 8, tokens, x_stride, 0, column, g, c, BLOCKS, EVEN, LAYOUT, ISA
+                    x_ptr,
+                    x_scales_ptr,
+                    first_token + n * 8,
+                    tokens,
+                    x_stride,
+                    BLOCKS,
+                    column,
+                    g,
+                    c,
+                    BLOCKS,
+                    EVEN,
+                    LAYOUT,
+                    ISA,
                 )
         new = ()
         for r in tl.static_range(ROW_TILES):
             part = ()
             for i in tl.static_range(SUMS):
                 part = part + (acc[r * SUMS + i],)
-            new = new + _add_tile(part, weights[r], x, TOKEN_TILES, LAYOUT, ISA)
+            if STAGES > 0:
+                tile = _staged(place + slot, place_of_scales + slot, STAGES, THREADS)
+                to = place + slot, place_of_scales + slot
+                _stage(to[0], to[1], weight, scales, column, left, r + STAGES, ROW_TILES, COLUMNS, APART, THREADS)
+                slot = tl.where(slot == SIZE * (STAGES - 1), 0, slot + SIZE)
+                new = new + _add_tile(part, tile, x, TOKEN_TILES, LAYOUT, ISA)
+            else:
+                new = new + _add_tile(part, weights[r], x, TOKEN_TILES, LAYOUT, ISA)
         acc = new
+        if STAGES > 0:
+            weight += APART * 1024
+            scales += APART * 64
 
-    if K_WARPS > 1:
-        COUNT: tl.constexpr = ROW_TILES * SUMS
-        every = _joined(acc, COUNT)
-        acc = _parted(tl.sum(tl.reshape(every, [K_WARPS, ROW_WARPS * 32, COUNT]), axis=0), COUNT)
-    lane = tl.arange(0, ROW_WARPS * 32)
-    tile = tl.program_id(1) * (ROW_WARPS * ROW_TILES) + lane // 32 * ROW_TILES
-    for r in tl.static_range(ROW_TILES):
-        for i in tl.static_range(2):
-            row = (tile + r) * 16 + lane % 32 // 4 + 8 * i
-            bias = 0.0
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)
-            for n in tl.static_range(TOKEN_TILES):
-                for j in tl.static_range(2):
-                    token = first_token + n * 8 + lane % 4 * 2 + j
-                    value = acc[r * SUMS + n * 4 + i * 2 + j] * factor + bias
-                    at = token.to(tl.int64) * rows + row
-                    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=(row < rows) & (token < tokens))
-
-
-@triton.jit(do_not_specialize=["words"])
-def mxfp4_dequantize(
-    w_ptr,
-    scales_ptr,
-    out_ptr,  # bfloat16 [rows, K]
-    words,
-    rows,
-    shift,  # 2**shift is what all values take, in TILES
-    K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    LANES: tl.constexpr,
-    ISA: tl.constexpr,
-):
-    """The weight in bfloat16, exact but where that has no such number. A thread makes eight of a word."""
-    BLOCKS: tl.constexpr = K // 32
-    COLUMNS: tl.constexpr = (BLOCKS + 3) // 4
-    if ISA == PTX:
-        gdc_wait()
-        gdc_launch_dependents()
-    for i in tl.static_range(UNROLLED):
-        at = (tl.program_id(0).to(tl.int64) * UNROLLED + i) * LANES + tl.arange(0, LANES)
-        word = tl.load(w_ptr.to(tl.pointer_type(tl.uint32)) + at, mask=at < words, other=0)
-        if LAYOUT == TILES:
-            part = (at % 256).to(tl.int32)
-            row = at // (COLUMNS * 256) * 16 + part // 128 * 8 + part % 128 // 16
-            column = (at // 256 % COLUMNS).to(tl.int32)
-            block = column * 4 + part % 4
-            element = block * 32 + part % 16 // 4 * 8
-            exists = (row < rows) & (block < BLOCKS)
-            byte = at // 256 * 64 + part % 128 // 16 * 8 + part // 128 * 4 + part % 4
-        else:
-            row = at // (BLOCKS * 4)
-            element = (at % (BLOCKS * 4)).to(tl.int32) * 8
-            exists = at < words
-            byte = at // 4
-        scale = tl.load(scales_ptr + byte, mask=exists, other=127).to(tl.uint32)
-        scale = scale * 0x00800080 if LAYOUT == TILES else _power(scale)
-        v = _scaled(word, scale, LAYOUT, ISA)
-        if LAYOUT == LINEAR:
-            v = _together(v, ISA)
-        else:
-            v = _times(v, tl.full(word.shape, (shift + 127) * 0x00800080, tl.uint32), ISA)
-        eight = tl.reshape(tl.join(tl.join(v[0], v[2]), tl.join(v[1], v[3])), [LANES, 4])
-        out = out_ptr.to(tl.pointer_type(tl.uint32)) + (row * K + element) // 2
-        tl.store(out[:, None] + tl.arange(0, 4)[None, :], eight, mask=exists[:, None])
+    _store_sums(
+        acc,
+        thread,
+        place,
+        bias_ptr,
+        out_ptr + tl.program_id(2) * (tokens.to(tl.int64) * rows),
+        first * 16,
+        first_token,
+        tokens,
+        rows,
+        factor,
+        ROW_TILES * TOKEN_TILES,
+        AT_ONCE,
+        TOKEN_TILES,
+        K_WARPS,
+    )

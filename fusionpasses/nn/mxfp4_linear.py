@@ -121,8 +121,9 @@ class Mxfp4Linear(nn.Module):
     def prepare(self) -> Mxfp4Linear:
         """Put the weight in the order in which the kernel for few tokens on NVIDIA GPUs from Hopper on reads it.
 
-        The values are the same, and ``state_dict`` does not change. Elsewhere the order makes no difference. Does
-        nothing to a weight that is prepared already. Waits for the device.
+        The values are the same, and ``state_dict`` does not change. For other GPUs, do not: their kernels for few
+        tokens read the checkpoint's order only, and a prepared weight is dequantised in every call. Does nothing to a
+        weight that is prepared already. Waits for the device.
 
         Raises:
             UnsupportedInput: the weight is on the meta device, or its scales are such that folding them into the codes'

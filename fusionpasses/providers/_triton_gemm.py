@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionpasses.kernels import arch
-from fusionpasses.kernels import mxfp4_gemm as kernel
+from fusionpasses.kernels import _mxfp4_words, arch, gemm_choice, mxfp4_dequantize, mxfp4_gemm
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
-from fusionpasses.providers import _launch
+from fusionpasses.providers import _launch, _triton_gemm_dot
 
 #: bfloat16 numbers that a number of x is the sum of, at most.
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -45,9 +44,15 @@ def _mxfp4_gemm(
     x_codes, x_scales = x_codes.contiguous(), x_scales.contiguous()
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
-        if kernel.for_few_tokens(tokens, n, width, gpu):
-            x = _arranged(x_codes, x_scales, tokens, width, layout, gpu)
-            _multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+        kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, w4a4=True, layout=layout)
+        if kernel == "mxfp4_gemm":
+            weight = w_codes, w_scales, bias, out, tokens, n, width, layout, shift, options, gpu
+            if mxfp4_gemm.decodes_tokens(tokens, n, width):
+                _multiply(x_codes, x_scales, width // 2, *weight)
+            else:
+                _multiply(_in_order(x_codes, x_scales, tokens, width, layout, gpu), None, None, *weight)
+        elif kernel == "mxfp4_gemm_dot":
+            _triton_gemm_dot.multiply(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
         else:
             x = _launch.scratch(x_codes, (tokens, width), torch.bfloat16)
             _dequantize(x_codes, x_scales, x, "linear", 0, gpu)
@@ -108,30 +113,31 @@ def _product(
     gpu: arch.Arch,
 ) -> None:
     """Of bfloat16 x, contiguous or two-dimensional."""
-    if kernel.for_few_tokens(tokens, n, width, gpu):
-        stride: int | None = x.stride(-2) if x.dim() == 2 else width
-        if kernel.launch_options(tokens, n, width, gpu)["ARRANGED"]:
-            x, stride = _arranged(x, None, tokens, width, layout, gpu), None
-        _multiply(x, stride, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+    kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, layout=layout)
+    if kernel == "mxfp4_gemm":
+        stride = x.stride(-2) if x.dim() == 2 else width
+        _multiply(x, None, stride, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, options, gpu)
+    elif kernel == "mxfp4_gemm_dot":
+        _triton_gemm_dot.multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
     else:
         w = _launch.scratch(w_codes, (n, width), torch.bfloat16)
         _dequantize(w_codes, w_scales, w, layout, shift, gpu)
         _by_torch(x, w, bias, out)
 
 
-def _arranged(x: Tensor, x_scales: Tensor | None, tokens: int, width: int, layout: str, gpu: arch.Arch) -> Tensor:
-    """x in the order in which the kernel's threads load it, in scratch."""
+def _in_order(x: Tensor, x_scales: Tensor, tokens: int, width: int, layout: str, gpu: arch.Arch) -> Tensor:
+    """MXFP4 x as bfloat16, in the order in which the kernel's threads load it, in scratch."""
     tiles, columns, warps = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 4
     out = _launch.scratch(x, (tiles, columns, 8 * _mxfp4_weight.TILE_WIDTH), torch.bfloat16)
     _launch.launch(
-        kernel.mxfp4_gemm_arrange,
+        mxfp4_gemm.mxfp4_gemm_arrange,
         (-(-columns // warps), tiles),
         x,
         x_scales,
         out,
         tokens,
-        x.stride(-2) if x.dim() == 2 else x.shape[-1],
-        None if x_scales is None else width // _mxfp4.BLOCK,
+        width // 2,
+        width // _mxfp4.BLOCK,
         K=width,
         LAYOUT=_LAYOUT[layout],
         WARPS=warps,
@@ -145,6 +151,7 @@ def _arranged(x: Tensor, x_scales: Tensor | None, tokens: int, width: int, layou
 
 def _multiply(
     x: Tensor,
+    x_scales: Tensor | None,
     x_stride: int | None,
     w_codes: Tensor,
     w_scales: Tensor,
@@ -155,35 +162,40 @@ def _multiply(
     width: int,
     layout: str,
     shift: int,
+    options: dict[str, Any],
     gpu: arch.Arch,
 ) -> None:
-    options: dict[str, Any] = kernel.launch_options(tokens, n, width, gpu)
-    del options["ARRANGED"]
-    rows_at_once = _mxfp4_weight.TILE_ROWS * options["ROW_TILES"] * options["ROW_WARPS"]
+    if w_codes.data_ptr() % 16 or w_scales.data_ptr() % 16:
+        options = options | {"STAGES": 0}  # what is not aligned cannot be copied to shared memory
+    split = options["SPLIT"]
+    sums = out if split == 1 else _launch.scratch(x, (split, tokens, n), torch.float32)
     _launch.launch(
-        kernel.mxfp4_gemm,
-        (-(-tokens // (8 * options["TOKEN_TILES"])), -(-n // rows_at_once)),
+        mxfp4_gemm.mxfp4_gemm,
+        (-(-tokens // (8 * options["TOKEN_TILES"])), -(-n // (_mxfp4_weight.TILE_ROWS * options["ROW_TILES"])), split),
         x,
+        x_scales,
         w_codes,
         w_scales,
-        bias,
-        out,
+        bias if split == 1 else None,
+        sums,
         tokens,
         n,
         x_stride,
-        2.0**shift,
+        2.0**shift if split == 1 else 1.0,
         K=width,
         LAYOUT=_LAYOUT[layout],
         ISA=gpu.isa,
         **options,
     )
+    if split > 1:
+        _triton_gemm_dot.add_up(sums, bias, out, tokens, n, shift, gpu)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, out: Tensor, layout: str, shift: int, gpu: arch.Arch) -> None:
     words = codes.numel() // 4
-    options: dict[str, Any] = {**kernel.dequantize_options(gpu)}
+    options: dict[str, Any] = {**mxfp4_dequantize.dequantize_options(gpu)}
     _launch.launch(
-        kernel.mxfp4_dequantize,
+        mxfp4_dequantize.mxfp4_dequantize,
         (-(-words // (options["UNROLLED"] * options["LANES"])),),
         codes,
         scales,
@@ -255,4 +267,4 @@ def _whole_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-_LAYOUT = {"linear": kernel.LINEAR.value, "tiles": kernel.TILES.value}
+_LAYOUT = {"linear": _mxfp4_words.LINEAR.value, "tiles": _mxfp4_words.TILES.value}

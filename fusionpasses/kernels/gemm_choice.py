@@ -1,0 +1,40 @@
+"""Which kernels a product with an MXFP4 weight runs: a function of sizes and architecture, to be printed.
+
+``python -c "from fusionpasses.kernels.gemm_choice import *; print(choose(16, 18432, 7168, Arch('sm_90', 32, 132)))"``
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot
+from fusionpasses.kernels.arch import Arch
+
+
+class Choice(NamedTuple):
+    """A kernel of this package, its tile and compile options, and why it is this one."""
+
+    kernel: str
+    options: dict[str, int | bool]
+    why: str
+
+
+def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False, layout: str = "linear") -> Choice:
+    """The kernel for x of ``[tokens, width]`` and a weight of ``[rows, width]`` in ``layout``.
+
+    Args:
+        w4a4: x is MXFP4, too.
+        layout: "linear", as checkpoints have a weight; "tiles", as ``Mxfp4Linear.prepare`` does.
+    """
+    if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
+        options = mxfp4_gemm.launch_options(tokens, rows, width, arch)
+        if layout == "linear":
+            options["STAGES"] = 0  # a scale byte is too little to be copied to shared memory by itself
+        return Choice("mxfp4_gemm", options, f"few tokens, and {arch.name} has its PTX")
+    if layout == "linear" and mxfp4_gemm_dot.for_dot(tokens, arch, w4a4=w4a4):
+        options = mxfp4_gemm_dot.launch_options(tokens, rows, width, arch, w4a4)
+        return Choice("mxfp4_gemm_dot", options, f"few tokens, or {arch.name} multiplies codes as they are")
+    why = "many tokens" if layout == "linear" or arch.hopper_ptx else f"no kernel for {arch.name} reads tiles"
+    return Choice(
+        "mxfp4_dequantize", mxfp4_dequantize.dequantize_options(arch), f"{why}: BLAS, with a copy in bfloat16"
+    )
