@@ -43,7 +43,7 @@ from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.providers import _triton_gemm
 
 ours = torch.ops.fusionpasses
-TOKENS = (1, 8, 16, 32, 64, 256, 1024, 4096)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 WEIGHTS = ("18432x7168", "2112x7168", "7168x2048")
 TOGETHER = 260_000_000  # bytes of codes
 MOST_ERROR = 3e-3
