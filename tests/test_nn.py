@@ -201,6 +201,22 @@ def test_a_weight_that_cannot_be_prepared_stays_and_works():
     assert y[0, 3].isnan()
 
 
+def test_loading_a_weight_that_cannot_be_prepared_loads_all_of_a_model():
+    def model():
+        return nn.Sequential(*(fp.Mxfp4Linear.from_linear(nn.Linear(64, 64), act="none") for _ in range(2)))
+
+    torch.manual_seed(0)
+    source, target = model(), model()
+    source[0].weight_scale[3, 1] = 255
+    for layer in target:
+        layer.prepare()
+    target.load_state_dict(source.state_dict())
+    assert [layer.layout for layer in target] == ["linear", "tiles"]
+    x = torch.randn(2, 64)
+    assert torch.equal(target[1](x), source[1](x))
+    torch.testing.assert_close(target[0](x), source[0](x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_weight_only_layers_leave_their_inputs():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))

@@ -30,7 +30,7 @@ def _asm(text: tl.constexpr, constraints: tl.constexpr, operands):
 @triton.jit
 def places(thread, SIZE: tl.constexpr):
     """Of each thread's first 16 bytes in SIZE bytes of shared memory."""
-    return _asm(_space_text(SIZE), "=r,r", [thread])
+    return _asm(_space_text(SIZE), "=&r,r", [thread])
 
 
 @triton.jit

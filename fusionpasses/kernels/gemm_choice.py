@@ -27,9 +27,7 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
         layout: "linear", as checkpoints have a weight; "tiles", as ``Mxfp4Linear.prepare`` does.
     """
     if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
-        options = mxfp4_gemm.launch_options(tokens, rows, width, arch)
-        if layout == "linear":
-            options["STAGES"] = 0  # a scale byte is too little to be copied to shared memory by itself
+        options = mxfp4_gemm.launch_options(tokens, rows, width, arch, layout)
         return Choice("mxfp4_gemm", options, f"few tokens, and {arch.name} has its PTX")
     if layout == "linear" and mxfp4_gemm_dot.for_dot(tokens, arch, w4a4=w4a4):
         options = mxfp4_gemm_dot.launch_options(tokens, rows, width, arch, w4a4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,8 @@ class Mxfp4Linear(nn.Module):
         weight_scale: uint8 (E8M0) ``[out_features, in_features / 32]``.
         bias: ``[out_features]`` or absent.
 
-    After ``prepare()`` the first two hold the same weight in the order in which a kernel reads it.
+    After ``prepare()`` the first two hold the same weight in the order in which a kernel reads it. A weight that is
+    loaded into a prepared layer is prepared, too; or stays as it is, if it cannot be: ``layout`` says which.
 
     Attributes:
         in_features, out_features: as of nn.Linear.
@@ -177,4 +179,6 @@ class Mxfp4Linear(nn.Module):
         self.unprepare()
         super()._load_from_state_dict(*args, **kwargs)
         if prepared:
-            self.prepare()
+            # What cannot be prepared works as it is; to raise here would leave the modules after this one unloaded.
+            with contextlib.suppress(UnsupportedInput):
+                self.prepare()

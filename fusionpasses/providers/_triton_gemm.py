@@ -41,7 +41,8 @@ def _mxfp4_gemm(
     tokens, width = x_codes.shape[:-1].numel(), x_codes.shape[-1] * 2
     if out.numel() == 0:
         return out
-    x_codes, x_scales = x_codes.contiguous(), x_scales.contiguous()
+    x_codes, x_scales = _whole_words(x_codes.contiguous()), x_scales.contiguous()
+    w_codes, w_scales = _whole_weight(w_codes, w_scales, layout)
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
         kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, w4a4=True, layout=layout)
@@ -79,6 +80,7 @@ def _mxfp4_gemm_a16w4(
         return out
     gpu = arch.of(x.device)
     x = _whole_rows(x)
+    w_codes, w_scales = _whole_weight(w_codes, w_scales, layout)
     pieces = _PIECES[x.dtype]
     with _launch.on_device_of(x):
         if pieces > 1:
@@ -256,6 +258,16 @@ def _add_up(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     if bias is not None:
         total = total + bias.float()
     out.view(total.shape).copy_(total)
+
+
+def _whole_words(bytes_: Tensor) -> Tensor:
+    """Bytes, or a copy of them: the kernels load four at once, of which the first must be at a multiple of four."""
+    return bytes_ if bytes_.data_ptr() % 4 == 0 else bytes_.clone()
+
+
+def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    # Scales as checkpoints have them are loaded one by one.
+    return _whole_words(codes), scales if layout == "linear" else _whole_words(scales)
 
 
 def _whole_rows(x: Tensor) -> Tensor:
