@@ -29,6 +29,11 @@ from fusionpasses.nn import load_checkpoint as load_checkpoint
 from fusionpasses.nn import open_checkpoint as open_checkpoint
 from fusionpasses.nn import quantize_mxfp4 as quantize_mxfp4
 from fusionpasses.nn import save_checkpoint as save_checkpoint
+from fusionpasses.probes import Verdict as Verdict
+from fusionpasses.probes import has_dynamic_mxfp4_quant as has_dynamic_mxfp4_quant
+from fusionpasses.probes import has_fused_rmsnorm_mxfp4_quant as has_fused_rmsnorm_mxfp4_quant
+from fusionpasses.probes import has_fused_rope_mla_kv_cache as has_fused_rope_mla_kv_cache
+from fusionpasses.probes import has_mxfp4_gemm as has_mxfp4_gemm
 from fusionpasses.report import GraphReport as GraphReport
 from fusionpasses.report import Report as Report
 from fusionpasses.report import Site as Site

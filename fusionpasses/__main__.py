@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fusionpasses import doctor
 from fusionpasses.bench import run as bench
 from fusionpasses.errors import FusionError
 
@@ -17,6 +18,10 @@ def main(arguments: Sequence[str]) -> int:
     command = commands.add_parser("bench", help=measured, description=measured)
     bench.add_arguments(command)
     command.set_defaults(run=bench.main)
+    examined = "what is installed, which GPU, every probe with its reason, and who would run each op"
+    command = commands.add_parser("doctor", help=examined, description=f"{examined}. {doctor.EXIT}")
+    doctor.add_arguments(command)
+    command.set_defaults(run=doctor.main)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))

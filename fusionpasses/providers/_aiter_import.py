@@ -1,0 +1,328 @@
+"""Imports one function of AITER's, when it is first used, and cleans up behind it.
+
+What AITER's import does to a process, and what is done about it here:
+
+==========================================  ===========================================================================
+it raises anything, RuntimeError included   caught; the reason is kept, and given again instead of a second try
+failed, it leaves its modules half loaded   taken out of ``sys.modules``
+it puts its folders before all others in    taken out after a failure, else moved to the end: they hold modules with
+``sys.path``, at every try                  names as common as ``core``, but AITER finds those it compiles there
+failed, it leaves an import hook            taken out of ``sys.meta_path``
+its logger gets a handler and stops         undone after a failure
+passing messages on
+it sets Dynamo's ``ignore_logger_methods``  undone always: torch takes the functions in it for names
+==========================================  ===========================================================================
+
+Modules of *other* packages that were loaded on the way are taken out, too, if none of them is of a package with
+compiled modules. Else all of them stay, whole as they are. A second import of numpy in one process raises ImportError,
+and one of Triton aborts the process (3.9: nanobind refuses to register its types twice): worse than any debris.
+
+A signature decides how a function is called and what it returns; releases carry no other flag.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import logging
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from fusionpasses import _aiter_files, probes
+from fusionpasses.errors import ProviderUnavailable
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One signature that a function had.
+
+    Attributes:
+        parameters: names, in order, separated by blanks. More of them may follow that are keyword-only with defaults.
+        release: "new" or "old", what callers go by; None where the signature never changed, and the layout decides.
+        guarded: is the function behind AITER's ``torch_compile_guard``? None: either.
+    """
+
+    parameters: str
+    release: str | None = None
+    guarded: bool | None = None
+
+
+_RMS = "x1 x1_weight x1_epsilon x2 x2_weight x2_epsilon res1 shuffle scale_shuffle_padding"
+_ROPE = (
+    "q_nope q_pe k_nope k_pe kv_cache slot_mapping pos cos sin k_scale is_neox num_decode_toks_for_zeros apply_scale "
+    "q_out decode_q_pe_out k_pe_out q_out_dtype"
+)
+_HIP_ROPE = (
+    "q_nope q_pe kv_c k_pe kv_cache q_out slot_mapping k_scale q_scale positions cos_cache sin_cache is_neox "
+    "is_nope_first"
+)
+_GEMM = "x w x_scales w_scales dtype y config"
+_SHUFFLED = "x_fp4 w_preshuf x_scales w_scales dtype y config"
+
+#: Every signature in AITER's history up to e4048607 (2026-08-22) that adapters can call, by function.
+FORMS: dict[str, tuple[Form, ...]] = {
+    "dynamic_mxfp4_quant": (Form("x scaling_mode"),),
+    # New ones return ((codes, scales), norm, norm of x2, sum), old ones leave the norm out.
+    "fused_rms_mxfp4_quant": (
+        Form(f"{_RMS} output_unquantized_inp1 inargs", "new"),
+        Form(f"{_RMS} output_unquantized_inp1", "new"),
+        Form(_RMS, "old"),
+    ),
+    "act_mul_and_mxfp4_quant": (
+        Form("x activation scaling_mode shuffle scale_shuffle_padding", "new"),
+        Form("x activation scaling_mode shuffle", "old"),
+    ),
+    # New ones return four tensors, the last q_nope_zeros_out; old ones have the cache there. The guard came with that.
+    "fused_qk_rope_cat_and_cache_mla": (
+        Form(f"{_ROPE} shuffled_kv_cache upcast_operand", "new"),
+        Form(f"{_ROPE} shuffled_kv_cache", "new"),
+        Form(_ROPE, "new", guarded=True),
+        Form(_ROPE, "old", guarded=False),
+    ),
+    "fused_qk_rope_concat_and_cache_mla": (Form(f"{_HIP_ROPE} compute_all_q_rope", "new"), Form(_HIP_ROPE, "old")),
+    "gemm_afp4wfp4": (Form(f"{_GEMM} skip_reduce", "new"), Form(_GEMM, "old")),
+    "gemm_afp4wfp4_preshuffle": (
+        Form(f"{_SHUFFLED} skip_reduce", "new"),
+        Form(f"{_GEMM} skip_reduce", "new"),
+        Form(f"{_GEMM} use_aot skip_reduce", "old"),
+        Form(f"{_GEMM} use_aot", "old"),
+    ),
+    "gemm_afp4wfp4_preshuffled_scales": (Form(_GEMM),),
+}
+
+_lock = threading.RLock()
+_loaded: dict[str, tuple[Callable[..., Any], str]] = {}
+_failed: dict[str, str] = {}
+#: The key in ``_failed`` of a failed import of AITER itself, which every function needs.
+_AITER = "aiter"
+
+
+def load(capability: str) -> tuple[Callable[..., Any], str]:
+    """A function of AITER's, and whether it is to be called as in "new" or in "old" releases.
+
+    AITER itself is imported first, then the function's module: where the first succeeds and the second fails, AITER
+    stays, because to load its compiled modules twice is no way back.
+
+    Raises:
+        ProviderUnavailable: AITER, or the function, is not here; its import failed, now or earlier in this process; or
+            its signature is none of ``FORMS``.
+    """
+    with _lock:
+        if capability not in _loaded:
+            reason = failure(capability)
+            if reason is not None:
+                raise ProviderUnavailable(reason)
+            _loaded[capability] = _load(capability)
+        return _loaded[capability]
+
+
+def failure(capability: str) -> str | None:
+    """Why an earlier ``load`` failed, and a later one would; None if none did. Imports nothing."""
+    return _failed.get(_AITER) or _failed.get(capability)
+
+
+def reset() -> None:
+    """Forgets what was loaded, and what failed: for tests."""
+    with _lock:
+        _loaded.clear()
+        _failed.clear()
+
+
+def _load(capability: str) -> tuple[Callable[..., Any], str]:
+    found = probes.probe_aiter_capability(capability)
+    root = _aiter_files.package().root if found else None
+    place = _aiter_files.locate(root, _aiter_files.CAPABILITIES[capability]) if root is not None else None
+    if root is None or place is None:
+        raise ProviderUnavailable(
+            f"AITER's {capability} was asked for and is not here: {found.why}; or use provider='auto' or 'triton'"
+        )
+    file, layout = place
+    _import("aiter", _AITER)
+    module = _import(_aiter_files.module_name(root, file), capability)
+    try:
+        return _checked(module, file, layout, capability)
+    except ProviderUnavailable as error:
+        _failed[capability] = str(error)
+        raise
+
+
+def _import(name: str, key: str) -> ModuleType:
+    """The module ``name``; a failure is remembered under ``key``."""
+    try:
+        with _traces_removed():
+            return importlib.import_module(name)
+    except Exception as error:  # seen: ImportError, RuntimeError, AttributeError, KeyError, AssertionError, OSError
+        _failed[key] = (
+            f"importing {name} failed with {type(error).__name__}: {error}; AITER needs ROCm and a GPU it knows. It is "
+            "not tried again in this process; use provider='auto' or 'triton', or make `python -c 'import "
+            f"{name}'` work and start anew"
+        )
+        raise ProviderUnavailable(_failed[key]) from error
+
+
+def _checked(module: ModuleType, file: pathlib.Path, layout: str, name: str) -> tuple[Callable[..., Any], str]:
+    """The function of a module and its release, if all of it is as known."""
+    got = getattr(module, "__file__", None)
+    if got is None or pathlib.Path(got).resolve() != file.resolve():
+        raise ProviderUnavailable(
+            f"{module.__name__} was loaded from {got}, and the probe found {file}: something was put in its place; "
+            "use provider='triton', or start a process in which there is one AITER"
+        )
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ProviderUnavailable(f"{file} has no function {name}; use provider='triton'; {_aiter_files.INSTALL}")
+    parameters, guarded = declared(function, file, name)
+    names = " ".join(p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY)
+    optional = all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+    for form in FORMS[name]:
+        if names == form.parameters and optional and form.guarded in (None, guarded):
+            return function, form.release or layout
+    raise ProviderUnavailable(
+        f"AITER's {name} has a signature that no known release had: got ({', '.join(map(str, parameters.values()))}) "
+        f"in {file}, allowed {' or '.join('(' + form.parameters.replace(' ', ', ') + ')' for form in FORMS[name])}; "
+        f"what it returns may have changed, too, so it is not called. Use provider='auto' or 'triton'"
+    )
+
+
+def declared(
+    function: Callable[..., Any], file: pathlib.Path, name: str
+) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """The parameters of a function, and whether AITER's ``torch_compile_guard`` hides them.
+
+    The guard returns a function of ``*args, **kwargs`` that says nothing of what it wraps. Then they are read from the
+    file, as names and defaults.
+    """
+    parameters = inspect.signature(function).parameters
+    if [p.kind for p in parameters.values()] != [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        return parameters, False
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _parameters_of(node.args), True
+    return parameters, True
+
+
+def _parameters_of(arguments: ast.arguments) -> dict[str, inspect.Parameter]:
+    ordered = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(ordered) - len(arguments.defaults)) + list(arguments.defaults)
+    kind = inspect.Parameter
+    found: dict[str, inspect.Parameter] = {}
+    for names, values, how in (
+        (ordered, defaults, kind.POSITIONAL_OR_KEYWORD),
+        (arguments.kwonlyargs, arguments.kw_defaults, kind.KEYWORD_ONLY),
+    ):
+        for each, default in zip(names, values, strict=True):
+            found[each.arg] = kind(each.arg, how, default=kind.empty if default is None else ast.unparse(default))
+    # A function of any number of arguments is no known release.
+    for star, k in ((arguments.vararg, kind.VAR_POSITIONAL), (arguments.kwarg, kind.VAR_KEYWORD)):
+        if star is not None:
+            found[star.arg] = kind(star.arg, k)
+    return found
+
+
+@contextlib.contextmanager
+def _traces_removed() -> Iterator[None]:
+    """What an import in its body does to the process is undone: all if it raises, else what AITER does not need."""
+    # AITER's first lines import it. Loaded before, its settings are known, and it is no trace of AITER's.
+    import torch._dynamo.config as dynamo
+
+    root = _aiter_files.package().root
+    modules = dict(sys.modules)
+    lists: tuple[list[Any], ...] = (sys.path, sys.meta_path, sys.path_hooks)
+    entries = [list(each) for each in lists]
+    settings = dynamo.get_config_copy()
+    ignored = copy.copy(dynamo.ignore_logger_methods)
+    loggers = _loggers()
+    try:
+        yield
+    except BaseException:
+        _restore_modules(modules, root)
+        for each, before in zip(lists, entries, strict=True):
+            each[:] = before
+        _restore_loggers(loggers)
+        now = dynamo.get_config_copy()
+        for name, value in settings.items():
+            if now[name] != value:
+                setattr(dynamo, name, value)
+        raise
+    else:
+        new = [entry for entry in dict.fromkeys(sys.path) if entry not in entries[0]]
+        sys.path[:] = entries[0] + new
+    finally:
+        if dynamo.ignore_logger_methods != ignored:
+            dynamo.ignore_logger_methods = ignored
+
+
+def _restore_modules(before: Mapping[str, ModuleType], root: pathlib.Path | None) -> None:
+    """Takes out the modules that were brought, and puts back those that were replaced."""
+    new = {name: module for name, module in sys.modules.items() if name not in before}
+    of_others = {name: module for name, module in new.items() if not _is_of_aiter(name, module, root)}
+    compiled = {name.partition(".")[0] for name, module in sys.modules.items() if _is_compiled(module)}
+    stay = of_others if any(name.partition(".")[0] in compiled for name in of_others) else {}
+    for name, module in new.items():
+        if name in stay:
+            continue
+        del sys.modules[name]
+        parent, _, child = name.rpartition(".")
+        # A submodule is an attribute of its parent, too.
+        if parent in before and getattr(before[parent], child, None) is module:
+            delattr(before[parent], child)
+    sys.modules.update(before)
+
+
+def _is_compiled(module: object) -> bool:
+    """Is it an extension module? Few can be loaded twice."""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    return isinstance(origin, str) and origin.endswith((".so", ".pyd", "built-in"))
+
+
+def _is_of_aiter(name: str, module: object, root: pathlib.Path | None) -> bool:
+    """Is it AITER's by name or by file, or a module made by hand, which no package brought?"""
+    top = name.partition(".")[0]
+    if top == "aiter":
+        return True
+    spec = getattr(module, "__spec__", None)
+    files = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    if not files:
+        # Made by hand: packages have such submodules (six.moves), and stay with them.
+        return top == name or top not in sys.modules or _is_of_aiter(top, sys.modules[top], root)
+    # aiter_meta, beside the package, holds the sources that AITER compiles.
+    folders = () if root is None else (root.resolve(), root.resolve().parent / "aiter_meta")
+    return any(pathlib.Path(file).resolve().is_relative_to(folder) for file in files for folder in folders)
+
+
+_LoggerState = tuple[list[logging.Handler], list[Any], bool, int, bool]
+
+
+def _loggers() -> dict[str, tuple[logging.Logger, _LoggerState]]:
+    """Every logger by name, "" for the root, with what can be set of it."""
+    everyone = {
+        name: each for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)
+    }
+    return {
+        name: (each, (list(each.handlers), list(each.filters), each.propagate, each.level, each.disabled))
+        for name, each in {"": logging.root, **everyone}.items()
+    }
+
+
+def _restore_loggers(before: Mapping[str, tuple[logging.Logger, _LoggerState]]) -> None:
+    untouched: _LoggerState = ([], [], True, logging.NOTSET, False)
+    for name, (logger, now) in _loggers().items():
+        # Loggers that are new may be those of other packages, whose modules stay. AITER's are aiter and AITER_TRITON.
+        new = name not in before
+        if new and name.partition(".")[0] in sys.modules:
+            continue
+        state = untouched if new else before[name][1]
+        if now != state:
+            logger.handlers[:], logger.filters[:], logger.propagate, _, logger.disabled = state
+            logger.setLevel(state[3])  # not the attribute: loggers keep which levels are enabled
+        # One that others are below of has to stay; it does nothing now.
+        if new and not any(other.startswith(f"{name}.") for other in before):
+            logging.root.manager.loggerDict.pop(name, None)
