@@ -278,17 +278,16 @@ def probe_aiter_kernel(function: str) -> Verdict:
 
 
 def _kernel(*functions: str) -> Verdict:
-    """Can Triton, or one of these functions of AITER's, run an op on the GPU of this machine?"""
+    """Can this package run an op on the GPU of this machine? By Triton; AITER's functions are told of, not used yet."""
     gpu = probe_gpu()
     if not gpu:
         return Verdict(False, f"no GPU kernel can run: {gpu.why}; the reference (plain torch) runs everywhere")
     triton = probe_triton()
-    answers = {"Triton": triton, **{f"AITER's {function}": probe_aiter_kernel(function) for function in functions}}
-    # Without ROCm, AITER is no news beside a Triton that can.
-    served = [f"{name}: {answer.why}" for name, answer in answers.items() if answer]
-    if served:
-        return Verdict(True, f"{'; '.join(served)}; on {gpu.why}")
-    return Verdict(False, "; ".join(f"{name}: {answer.why}" for name, answer in answers.items()))
+    found = {function: probe_aiter_kernel(function) for function in functions}
+    aiter = "".join(
+        f"; AITER's {name}, which no provider uses yet: {answer.why}" for name, answer in found.items() if answer
+    )
+    return Verdict(triton.ok, f"Triton: {triton.why}{aiter}; on {gpu.why}")
 
 
 @_probe

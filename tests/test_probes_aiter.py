@@ -244,26 +244,29 @@ def test_aiter_on_its_gpus(tree, amd_gpu):
     assert all(probes.probe_aiter_kernel(f) for f in FUNCTIONS)
     for probe in PUBLIC:
         assert re.match(
-            r"Triton: triton .*; AITER's \w+: .* \(new layout\).*; on HIP 7.0.1, 1 device\(s\)", probe().why
+            r"Triton: triton .*; AITER's \w+, which no provider uses yet: .* \(new layout\).*; on HIP 7.0.1, 1 device",
+            probe().why,
         )
         assert probe()
     assert str(root / "ops/cache.py") in probes.has_fused_rope_mla_kv_cache().why
 
 
-def test_aiter_alone_is_enough_and_neither_is_not(tree, amd_gpu, monkeypatch):
+def test_aiter_alone_is_not_enough_while_no_provider_uses_it(tree, amd_gpu, monkeypatch):
     monkeypatch.setattr(probes, "probe_triton", lambda: Verdict(False, "triton is not installed"))
     amd_gpu(90402)
-    answer = probes.has_dynamic_mxfp4_quant()
-    assert not answer
-    assert answer.why.startswith("Triton: triton is not installed; AITER's dynamic_mxfp4_quant: AITER is not installed")
+    assert probes.has_dynamic_mxfp4_quant() == Verdict(
+        False, "Triton: triton is not installed; on HIP 7.0.1, 1 device(s)"
+    )
     tree(NEW)
     probes.reset()
-    assert probes.has_dynamic_mxfp4_quant()
+    answer = probes.has_dynamic_mxfp4_quant()
+    assert not answer
+    assert "AITER's dynamic_mxfp4_quant, which no provider uses yet: " in answer.why
     # AITER's products need FP4 arithmetic, and this GPU has none.
     assert probes.probe_aiter_kernel("gemm_afp4wfp4") == Verdict(
         False, "the GPU is gfx942; AITER serves gfx950, gfx1250"
     )
-    assert not probes.has_mxfp4_gemm()
+    assert "AITER" not in probes.has_mxfp4_gemm().why
 
 
 def test_without_rocm_aiter_runs_nothing(tree):
