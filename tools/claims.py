@@ -64,9 +64,12 @@ def _of_a_product(launch: Launch) -> dict[str, Any]:
     dots, codes = "BLOCK_M" in f, f.get("x_scales_ptr", 0) is not None and f.get("MODE") == _DOT_SCALED
     of_dots = {"dots": dots and not codes, "dots of codes": dots and codes}
     # Behind mxfp4_gemm_arrange, which has waited.
-    first = launch.kernel.__name__ == "mxfp4_gemm" and f.get("x_stride", 0) is None
+    by_warpgroups = launch.kernel.__name__ == "mxfp4_gemm_wgmma"
+    first = by_warpgroups or (launch.kernel.__name__ == "mxfp4_gemm" and f.get("x_stride", 0) is None)
     ptx = f["ISA"] == arch.PTX
-    of_dots |= {"weight first": ptx and first, "copies": ptx and 3 * f.get("STAGES", 0)}
+    columns = f["UNROLLED"] if by_warpgroups else 0
+    of_dots |= {"weight first": ptx and first, "copies": 6 * columns or (ptx and 3 * f.get("STAGES", 0))}
+    of_dots |= {"columns": columns}
     return {"PTX": ptx and not first, "dtype": "", "products": products, **of_dots, **counts}
 
 
@@ -146,6 +149,10 @@ CLAIMS = (
     Claim("matrix instructions", r"\b(?:HG?MMA|UTCHMMA|v_mfma_|v_wmma_)", lambda f: f.get("dots", 0)),
     Claim("products of codes", r"\b(?:OMMA|UTCOMMA|v_mfma_scale_|v_wmma_scale_)", lambda f: f.get("dots of codes", 0)),
     Claim("tensor cores", r"\bHMMA\.16816\.F32\.BF16", lambda f: f["products"]),
+    Claim("asynchronous tensor cores", r"\bHGMMA\.64x", lambda f: 8 * f.get("columns", 0)),
+    # Where ptxas cannot tell what is under way, it waits for all after each product.
+    Claim("products under way", r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1", lambda f: 4 * f.get("columns", 0)),
+    Claim("x copied in bulk", r"\bUBLKCP\b", lambda f: max(0, 2 * f.get("columns", 0) - 1)),
     # A kernel launched early that reads or writes before it has waited races with the one in front.
     Claim("waits before any access", _waits_before(r"LDG?|LDGSTS|STG?|REDG?|ATOMG?"), lambda f: f["PTX"]),
     Claim(

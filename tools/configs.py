@@ -32,6 +32,8 @@ GATED_CHAINS = {
 GEMM_CHAINS = {
     "few tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_gemm"),
     "tokens in order": ("mxfp4_gemm.default", "mxfp4_gemm_arrange"),
+    "some tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_gemm_wgmma"),
+    "tokens interleaved": ("mxfp4_gemm.default", "mxfp4_gemm_interleave"),
     "many tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_dequantize"),
 }
 #: Op of each chain that ends in the MLA cache.
@@ -381,7 +383,10 @@ def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[s
 def pairwise() -> list[AnyConfig]:
     quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
-    gemms = [c for c in every_gemm() if c.target in ("sm_90", "gfx942") and c.rows == 1000 and c.n == 2880]
+    every = every_gemm()
+    some = [c for c in every if c.chain == "some tokens" and c.tokens in (17, 64) and c.n == 1056]
+    gemms = [c for c in every if c.target in ("sm_90", "gfx942") and c.rows == 1000 and c.n == 2880]
+    gemms = [*some, *gemms]
     gemms = [c for c in gemms if (c.layout, c.tokens) not in (("linear", 1), ("linear", 64), ("tiles", 16))]
     return [*quants, *gated, *gemms, *map(_cache_config, covering(CACHE_FACTORS)), *some_dots(TARGETS)]
 
@@ -401,6 +406,10 @@ def every_gemm() -> list[GemmConfig]:
                 configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes=True))
         for rows, n in weights[::3]:
             configs.append(GemmConfig(target, "many tokens", 200, rows, n, layout))
+    # 32 and 64 tokens fill tiles; 33 columns of K and 63560 rows do not.
+    for i, (tokens, (rows, n)) in enumerate(itertools.product((17, 32, 64, 130), ((18432, 7168), (63560, 1056)))):
+        configs.append(GemmConfig("sm_90", "some tokens", tokens, rows, n, "tiles", codes=i % 4 == 3, bias=i % 3 == 0))
+        configs.append(GemmConfig("sm_90", "tokens interleaved", tokens, rows, n, "tiles", codes=i % 4 != 1))
     return configs
 
 

@@ -63,8 +63,10 @@ class Launch:
     def wanted_store(self) -> int:
         if self.constants.get("VECTOR") == 1:
             return 1
-        if self.kernel.__name__ in ("mxfp4_gemm", "mxfp4_gemm_dot"):
+        if self.kernel.__name__ in ("mxfp4_gemm", "mxfp4_gemm_dot", "mxfp4_gemm_wgmma"):
             return 2  # a thread may have single sums
+        if self.kernel.__name__ == "mxfp4_gemm_interleave":
+            return 4  # threads of a token next to each other have its words
         if self.kernel.__name__ == "mxfp4_gemm_sum":
             return 8 if self.aligned and "rows" in self.divisible else 2
         if "cache_ptr" not in self.signature:
@@ -84,6 +86,8 @@ class Launch:
         return {
             "mxfp4_gemm": (1, 2, 8) if self.signature.get("x_scales_ptr", "constexpr") == "constexpr" else (1, 2, 4, 8),
             "mxfp4_gemm_arrange": (1, 4),
+            "mxfp4_gemm_interleave": (1, 4),
+            "mxfp4_gemm_wgmma": (2, 4, 8),
             "mxfp4_dequantize": (1,),
             # What few tokens or blocks are, divided by many threads.
             "mxfp4_gemm_dot": (1, 2, 4, 8),
@@ -99,6 +103,8 @@ class Launch:
         """Bytes of it that a program may have: operands of a dot, or where warps that cut K add up what each has."""
         if self.kernel.__name__ == "mxfp4_gemm_dot":
             return shared_memory(target)
+        if self.kernel.__name__ == "mxfp4_gemm_wgmma":
+            return 4  # a flag that one thread has read; all else is static, and Triton does not know of it
         f = self.constants
         if self.kernel.__name__ == "mxfp4_gemm_sum":
             # Threads load several biases at once, and single sums if rows of these are not aligned.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot
+from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
 from fusionpasses.kernels.arch import Arch
 
 
@@ -26,6 +26,9 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
         w4a4: x is MXFP4, too.
         layout: "linear", as checkpoints have a weight; "tiles", as ``Mxfp4Linear.prepare`` does.
     """
+    if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout):
+        options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)
+        return Choice("mxfp4_gemm_wgmma", options, f"more tokens, a large prepared weight, and {arch.name}")
     if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
         options = mxfp4_gemm.launch_options(tokens, rows, width, arch, layout)
         return Choice("mxfp4_gemm", options, f"few tokens, and {arch.name} has its PTX")

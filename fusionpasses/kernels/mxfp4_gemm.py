@@ -188,7 +188,7 @@ def _load_weights(
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     x_ptr,
     x_scales_ptr,
     first_token,
@@ -239,7 +239,7 @@ def _arranged(x_ptr, tile, column, lane, q: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(word, q: tl.constexpr, LAYOUT: tl.constexpr):
+def scale_of(word, q: tl.constexpr, LAYOUT: tl.constexpr):
     if LAYOUT == TILES:
         return ((word >> (8 * q)) & 0xFF) * 0x00800080
     else:
@@ -251,8 +251,8 @@ def _add_tile(acc, weight, x, TOKEN_TILES: tl.constexpr, LAYOUT: tl.constexpr, I
     """Sums of a tile's rows with all tokens, four for each tile of tokens, after one more tile of the weight."""
     low, high, s_low, s_high = weight
     for q in tl.static_range(4):
-        a = _mxfp4_words.scaled(low[q], _scale_of(s_low, q, LAYOUT), LAYOUT, ISA)
-        b = _mxfp4_words.scaled(high[q], _scale_of(s_high, q, LAYOUT), LAYOUT, ISA)
+        a = _mxfp4_words.scaled(low[q], scale_of(s_low, q, LAYOUT), LAYOUT, ISA)
+        b = _mxfp4_words.scaled(high[q], scale_of(s_high, q, LAYOUT), LAYOUT, ISA)
         new = ()
         for n in tl.static_range(TOKEN_TILES):
             y = x[n * 4 + q]
@@ -328,7 +328,7 @@ def mxfp4_gemm_arrange(
     lane = thread % 32
     tile = tl.program_id(1)
     column = tl.program_id(0) * WARPS + thread // 32
-    x = _load_tokens(
+    x = load_tokens(
         x_ptr,
         x_scales_ptr,
         tile * 8,
@@ -353,7 +353,7 @@ def mxfp4_gemm_arrange(
 
 
 @triton.jit
-def _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists):
+def store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists):
     """What a warp has of a tile of 16 rows and 8 tokens, the r-th and n-th after ``row`` and ``token``."""
     for i in tl.static_range(4):
         row_i = row + r * 16 + 8 * (i // 2)
@@ -401,7 +401,7 @@ def _store_sums(
         for t in tl.static_range(COUNT):
             sums = acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]
             r, n = t // TOKEN_TILES, t % TOKEN_TILES
-            _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
+            store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
     else:
         warp = thread // 32
         _shared_memory.wait(place, 0)
@@ -417,7 +417,7 @@ def _store_sums(
                 exists = mine < min(AT_ONCE, COUNT - begin)
                 sums = _sum_of_warps(place + (tl.where(exists, mine, 0) * K_WARPS - warp) * 512, K_WARPS)
                 r, n = (begin + mine) // TOKEN_TILES, (begin + mine) % TOKEN_TILES
-                _store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists)
+                store_tile(sums, r, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
@@ -497,7 +497,7 @@ def mxfp4_gemm(
                     exists = None if EVEN else column < COLUMNS
                     x = x + (_mxfp4_words.four_words(_arranged(x_ptr, tile, column, lane, q, BLOCKS), exists, ""),)
             else:
-                x = x + _load_tokens(
+                x = x + load_tokens(
                     x_ptr,
                     x_scales_ptr,
                     first_token + n * 8,

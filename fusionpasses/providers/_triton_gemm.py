@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusionpasses.kernels import _mxfp4_words, arch, gemm_choice, mxfp4_dequantize, mxfp4_gemm
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
-from fusionpasses.providers import _launch, _triton_gemm_dot
+from fusionpasses.providers import _launch, _triton_gemm_dot, _triton_gemm_wgmma
 
 #: bfloat16 numbers that a number of x is the sum of, at most.
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -52,14 +52,19 @@ def _mxfp4_gemm(
                 _multiply(x_codes, x_scales, width // 2, *weight)
             else:
                 _multiply(_in_order(x_codes, x_scales, tokens, width, layout, gpu), None, None, *weight)
+        elif kernel == "mxfp4_gemm_wgmma":
+            w = _aligned(w_codes), _aligned(w_scales)
+            _triton_gemm_wgmma.multiply(
+                x_codes, x_scales, width // 2, *w, bias, out, tokens, n, width, shift, options, gpu
+            )
         elif kernel == "mxfp4_gemm_dot":
             _triton_gemm_dot.multiply(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
         else:
             x = _launch.scratch(x_codes, (tokens, width), torch.bfloat16)
             _dequantize(x_codes, x_scales, x, "linear", 0, gpu)
-            w = _launch.scratch(w_codes, (n, width), torch.bfloat16)
-            _dequantize(w_codes, w_scales, w, layout, shift, gpu)
-            _by_torch(x, w, bias, out)
+            values = _launch.scratch(w_codes, (n, width), torch.bfloat16)
+            _dequantize(w_codes, w_scales, values, layout, shift, gpu)
+            _by_torch(x, values, bias, out)
     return out
 
 
@@ -116,15 +121,18 @@ def _product(
 ) -> None:
     """Of bfloat16 x, contiguous or two-dimensional."""
     kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, layout=layout)
+    stride = x.stride(-2) if x.dim() == 2 else width
     if kernel == "mxfp4_gemm":
-        stride = x.stride(-2) if x.dim() == 2 else width
         _multiply(x, None, stride, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, options, gpu)
+    elif kernel == "mxfp4_gemm_wgmma":
+        w = _aligned(w_codes), _aligned(w_scales)
+        _triton_gemm_wgmma.multiply(x, None, stride, *w, bias, out, tokens, n, width, shift, options, gpu)
     elif kernel == "mxfp4_gemm_dot":
         _triton_gemm_dot.multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
     else:
-        w = _launch.scratch(w_codes, (n, width), torch.bfloat16)
-        _dequantize(w_codes, w_scales, w, layout, shift, gpu)
-        _by_torch(x, w, bias, out)
+        values = _launch.scratch(w_codes, (n, width), torch.bfloat16)
+        _dequantize(w_codes, w_scales, values, layout, shift, gpu)
+        _by_torch(x, values, bias, out)
 
 
 def _in_order(x: Tensor, x_scales: Tensor, tokens: int, width: int, layout: str, gpu: arch.Arch) -> Tensor:
@@ -263,6 +271,11 @@ def _add_up(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 def _whole_words(bytes_: Tensor) -> Tensor:
     """Bytes, or a copy of them: the kernels load four at once, of which the first must be at a multiple of four."""
     return bytes_ if bytes_.data_ptr() % 4 == 0 else bytes_.clone()
+
+
+def _aligned(bytes_: Tensor) -> Tensor:
+    """Bytes, or a copy of them from which words can be copied to shared memory, 16 bytes at once."""
+    return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()
 
 
 def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,286 @@
+"""Product of 17 to 256 tokens with a large prepared MXFP4 weight, by Hopper's asynchronous tensor cores.
+
+The weight is decoded to registers, as in ``mxfp4_gemm`` and from the same layout TILES, and is the left operand of
+``wgmma``: four warps have 64 rows. x comes from shared memory. ``mxfp4_gemm_interleave`` has put it in the order in
+which the instruction wants it, so that a column of 128 elements of K is one copy in bulk. While the tensor cores
+multiply, the warps decode what comes next: that is what ``mma.sync`` cannot do, and why it takes longer.
+
+Work is divided by steps, not by tiles: a step is UNROLLED columns of a tile of rows and tokens, and each program has
+as many as any other, which may be the end of one tile, some whole ones and the start of another. A program that has not
+the first columns of a tile leaves its sums in ``partial``, and raises its flag; the one that has them adds, in the
+order of K, so a result has the same bytes in every call. It waits for programs of lower numbers only: GPUs start those
+first, so they end, whatever else runs.
+"""
+
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc"
+# (Triton does not know (*a, b); tuples grow.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusionpasses.kernels import _mxfp4_words, _warpgroup, mxfp4_gemm
+from fusionpasses.kernels._mxfp4_words import TILES
+from fusionpasses.kernels._pieces import PTX
+from fusionpasses.kernels.arch import Arch
+
+#: Tokens of a tile, at most: there is no room in shared memory for more.
+MOST_TOKENS = 64
+#: A weight of so many codes and more has enough steps for all programs.
+_ENOUGH = 2**25
+_ROWS = 64  # of a warpgroup
+_COLUMN = 128  # elements of K
+
+
+def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str) -> bool:
+    """Is it ``mxfp4_gemm_wgmma`` that runs?
+
+    With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it. Every 64 tokens take about
+    as long as the first 64, so many more are better multiplied by ``mxfp4_dequantize`` and torch.
+    """
+    most = 256 if rows * width >= mxfp4_gemm.LARGE else 128 if rows * width >= _ENOUGH else 0
+    return arch.name == "sm_90" and layout == "tiles" and 16 < tokens <= most
+
+
+def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
+    """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
+
+    More rows, more columns of a step and fewer registers were measured and are not faster on an H200.
+    """
+    groups = -(-tokens // MOST_TOKENS)
+    token_tiles = -(-tokens // (8 * groups))
+    warpgroups, unrolled = 1, 2
+    steps = -(-rows // (_ROWS * warpgroups)) * groups * -(-width // (_COLUMN * unrolled))
+    return {
+        "TOKEN_TILES": token_tiles,
+        "WARPGROUPS": warpgroups,
+        "UNROLLED": unrolled,
+        # As many as a multiprocessor has registers for.
+        "PROGRAMS": min(steps, (5 if token_tiles <= 4 else 4) * arch.processors),
+        "num_warps": 4 * warpgroups,
+        "enable_fp_fusion": False,
+        "launch_pdl": True,
+    }
+
+
+@triton.jit(do_not_specialize=["tokens", "flags"])
+def mxfp4_gemm_interleave(
+    x_ptr,
+    x_scales_ptr,  # None: x is bfloat16
+    out_ptr,  # bfloat16, of whole tiles
+    flags_ptr,  # int32 [flags]: made 0
+    tokens,
+    flags,
+    x_stride,
+    x_scales_stride,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,  # that out has; those beyond K are zeros
+    TOKEN_TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """Tokens in the order in which ``wgmma`` reads them from shared memory; codes become bfloat16.
+
+    For each 16 of K, of which a thread of ``mxfp4_gemm_wgmma`` has four, two halves; of each half the tiles of eight
+    tokens; of each token 16 bytes. It must wait before it lets ``mxfp4_gemm_wgmma`` start, which relies on that.
+    """
+    if ISA == PTX:
+        gdc_wait()
+        gdc_launch_dependents()
+    thread = tl.arange(0, WARPS * 32)
+    lane = thread % 32
+    tile = tl.program_id(1)
+    column = tl.program_id(0) * WARPS + thread // 32
+    program = tile * tl.num_programs(0) + tl.program_id(0)
+    for first in tl.range(program * (WARPS * 32), flags, tl.num_programs(0) * tl.num_programs(1) * (WARPS * 32)):
+        tl.store(flags_ptr + first + thread, 0, mask=first + thread < flags)
+    x = mxfp4_gemm.load_tokens(
+        x_ptr,
+        x_scales_ptr,
+        tile * 8,
+        tokens,
+        x_stride,
+        x_scales_stride,
+        column,
+        lane // 4,
+        lane % 4,
+        K // 32,
+        False,
+        TILES,
+        ISA,
+    )
+    group, part = tile // TOKEN_TILES, tile % TOKEN_TILES
+    words = out_ptr.to(tl.pointer_type(tl.uint32)) + (group.to(tl.int64) * COLUMNS + column) * (TOKEN_TILES * 512)
+    for q in tl.static_range(4):
+        for j in tl.static_range(4):
+            at = ((q * 4 + j) * TOKEN_TILES + part) * 32 + lane
+            tl.store(words + at, x[q][j], mask=column < COLUMNS)
+
+
+@triton.jit
+def _first_step(p, steps, programs):
+    return (p.to(tl.int64) * steps // programs).to(tl.int32)
+
+
+@triton.jit
+def _weight_of(tile, unit, groups, warp, w, scales, UNROLLED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Where a thread's part of the weight is, and its tile of 16 rows."""
+    row_tile = tile // groups * ROWS + warp
+    at = row_tile.to(tl.int64) * COLUMNS + unit * UNROLLED
+    return w + at * 1024, scales + at * 64, row_tile
+
+
+@triton.jit
+def _tokens_of(x, tile, unit, groups, UNITS: tl.constexpr, STEP: tl.constexpr):
+    return x + ((tile % groups).to(tl.int64) * UNITS + unit) * STEP
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "groups", "steps", "programs"])
+def mxfp4_gemm_wgmma(
+    x_ptr,  # from mxfp4_gemm_interleave
+    w_ptr,  # layout TILES
+    w_scales_ptr,
+    bias_ptr,  # or None
+    out_ptr,
+    partial_ptr,  # float32 [programs, 4 * TOKEN_TILES, 128 * WARPGROUPS]
+    flags_ptr,  # int32 [programs], 0
+    tokens,
+    rows,
+    groups,  # of tokens: tiles next to each other have the same rows, which are then in the L2 cache
+    steps,
+    programs,
+    factor,  # float32, a power of two that all sums take
+    K: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,  # of eight tokens
+    WARPGROUPS: tl.constexpr,  # of 64 rows
+    UNROLLED: tl.constexpr,  # 2 or more columns of a step, and how many of the weight a thread has on their way
+    ISA: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = (K // 32 + 3) // 4
+    UNITS: tl.constexpr = (COLUMNS + UNROLLED - 1) // UNROLLED
+    EVEN: tl.constexpr = COLUMNS % UNROLLED == 0
+    ROWS: tl.constexpr = WARPGROUPS * 4
+    THREADS: tl.constexpr = WARPGROUPS * 128
+    X: tl.constexpr = TOKEN_TILES * 2048  # bytes of a column of x
+    W: tl.constexpr = THREADS * 40
+    FIRST_W: tl.constexpr = UNROLLED * X
+    FIRST_BARRIER: tl.constexpr = FIRST_W + UNROLLED * W
+    SUMS: tl.constexpr = TOKEN_TILES * 4
+    tl.static_assert(UNROLLED >= 2, "x of the next column goes to another place than this one's")
+    thread = tl.arange(0, THREADS)
+    lane = thread % 32
+    warp = thread // 32
+    zero = tl.zeros([], tl.int32)
+    row_tiles = (rows + 15) // 16
+    # Backwards, so that what a program waits for has been started before it.
+    p = programs - 1 - tl.program_id(0)
+    begin = _first_step(p, steps, programs)
+    end = _first_step(p + 1, steps, programs)
+    tile = begin // UNITS
+    unit = begin - tile * UNITS
+
+    _warpgroup.space(thread, FIRST_BARRIER + UNROLLED * 8)
+    _warpgroup.barriers(thread, FIRST_BARRIER, UNROLLED)
+    w = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane * 16
+    scales = w_scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane // 4 * 8
+    # Of the step to be copied next: its tile, its place in it, and how many there are.
+    next_tile, next_unit, left = tile, unit, end - begin
+    next_w, next_scales, row_tile = _weight_of(tile, unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
+    for i in tl.static_range(UNROLLED):
+        exists = row_tile < row_tiles
+        if not EVEN:
+            exists = exists & (next_unit * UNROLLED + i < COLUMNS)
+        _warpgroup.copy_tile(thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS)
+    next_unit += 1
+    left -= 1
+    if next_unit == UNITS:
+        next_tile += 1
+        next_unit = 0
+    next_w, next_scales, row_tile = _weight_of(next_tile, next_unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
+    _warpgroup.barrier(thread)
+    if ISA == PTX:
+        # The kernel before is mxfp4_gemm_interleave, which has itself waited for all that may have written the weight.
+        gdc_wait()
+        gdc_launch_dependents()
+    x = x_ptr.to(tl.uint64, bitcast=True).to(tl.int64)
+    first_warp = (warp == 0).to(tl.int32)
+    here = _tokens_of(x, tile, unit, groups, UNITS, UNROLLED * X)
+    for i in tl.static_range(UNROLLED - 1):
+        _warpgroup.fetch(first_warp, here + i * X, i * X, FIRST_BARRIER + i * 8, X)
+    parity = zero
+
+    for _ in tl.range((end - 1) // UNITS - tile + 1):
+        stop = tl.minimum(end - tile * UNITS, UNITS)
+        start = unit
+        sums = ()
+        for _ in tl.static_range(SUMS):
+            sums = sums + (tl.zeros([THREADS], tl.float32),)
+        for step in tl.range(start, stop):
+            after = here + UNROLLED * X
+            if step == UNITS - 1:
+                after = _tokens_of(x, tile + 1, 0, groups, UNITS, UNROLLED * X)
+            more = tl.where(left > 0, first_warp, 0)
+            for i in tl.static_range(UNROLLED):
+                words = _warpgroup.read_tile(thread, FIRST_W + i * W, THREADS, UNROLLED - 1)
+                exists = (row_tile < row_tiles) & (left > 0)
+                if not EVEN:
+                    exists = exists & (next_unit * UNROLLED + i < COLUMNS)
+                _warpgroup.copy_tile(thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS)
+                _warpgroup.arrived(parity, FIRST_BARRIER + i * 8)
+                for q in tl.static_range(4):
+                    low = _mxfp4_words.scaled(words[q], mxfp4_gemm.scale_of(words[8], q, TILES), TILES, ISA)
+                    high = _mxfp4_words.scaled(words[4 + q], mxfp4_gemm.scale_of(words[9], q, TILES), TILES, ISA)
+                    sums = _warpgroup.multiply(sums, low, high, TOKEN_TILES, i * X + q * (X // 4), 1)
+                    if q == 0:
+                        # All products with the column before are done, in every warp: its place is free.
+                        _warpgroup.barrier(thread)
+                        if i == 0:
+                            at = here + (UNROLLED - 1) * X
+                            _warpgroup.fetch(first_warp, at, (UNROLLED - 1) * X, FIRST_BARRIER + UNROLLED * 8 - 8, X)
+                        else:
+                            at = after + (i - 1) * X
+                            _warpgroup.fetch(more, at, (i - 1) * X, FIRST_BARRIER + (i - 1) * 8, X)
+            parity ^= 1
+            here = after
+            left -= 1
+            next_w += UNROLLED * 1024
+            next_scales += UNROLLED * 64
+            next_unit += 1
+            if next_unit == UNITS:
+                next_tile += 1
+                next_unit = 0
+                next_w, next_scales, row_tile = _weight_of(
+                    next_tile, 0, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS
+                )
+        sums = _warpgroup.finish(sums, TOKEN_TILES)
+
+        if start > 0:
+            mine = partial_ptr + p.to(tl.int64) * (SUMS * THREADS) + thread
+            for i in tl.static_range(SUMS):
+                tl.store(mine + i * THREADS, sums[i])
+            tl.debug_barrier()
+            tl.atomic_xchg(flags_ptr + p, 1, sem="release")
+        else:
+            other = p + 1
+            covered = end
+            while covered < (tile + 1) * UNITS:
+                while tl.atomic_add(flags_ptr + other, 0, sem="acquire") == 0:
+                    pass
+                tl.debug_barrier()
+                theirs = partial_ptr + other.to(tl.int64) * (SUMS * THREADS) + thread
+                new = ()
+                for i in tl.static_range(SUMS):
+                    new = new + (sums[i] + tl.load(theirs + i * THREADS, cache_modifier=".cg"),)
+                sums = new
+                other += 1
+                covered = _first_step(other, steps, programs)
+            row = (tile // groups * ROWS + warp) * 16 + lane // 4
+            token = tile % groups * (TOKEN_TILES * 8) + lane % 4 * 2
+            for n in tl.static_range(TOKEN_TILES):
+                part = sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]
+                mxfp4_gemm.store_tile(part, 0, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
+        tile += 1
+        unit = tl.zeros([], tl.int32)

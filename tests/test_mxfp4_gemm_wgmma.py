@@ -1,0 +1,449 @@
+"""The product by Hopper's asynchronous tensor cores: emulated anywhere, compiled on a Hopper GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+from torch import Tensor
+
+from fusionpasses.kernels.arch import Arch
+from fusionpasses.ops import OPS, _mxfp4, _mxfp4_weight
+from fusionpasses.probes import probe_triton
+
+needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
+compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels")
+
+H200 = Arch("sm_90", warp_size=32, processors=132)
+#: Compiled kernels have it, interpreted ones do not.
+_OF_COMPILED = ("num_warps", "enable_fp_fusion", "launch_pdl")
+
+
+def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random codes, scale bytes from low to high - 1."""
+    codes = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device=device)
+    return codes, torch.randint(low, high, (rows, width // 32), dtype=torch.uint8, device=device)
+
+
+# ---- which kernel it is
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width", "layout", "arch", "kernel"),
+    [
+        (17, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (256, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (128, 24576, 1536, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (16, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens
+        (32, 2112, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # too few steps
+        (32, 18432, 7168, "linear", "sm_90", "mxfp4_gemm"),  # not prepared
+        (32, 18432, 7168, "tiles", "sm_100", "mxfp4_gemm"),  # no wgmma after Hopper
+        (257, 18432, 7168, "tiles", "sm_90", "mxfp4_dequantize"),  # many tokens
+        (129, 24576, 1536, "tiles", "sm_90", "mxfp4_dequantize"),
+    ],
+)
+def test_it_is_chosen_where_it_is_faster(
+    tokens: int, rows: int, width: int, layout: str, arch: str, kernel: str
+) -> None:
+    from fusionpasses.kernels.gemm_choice import choose
+
+    assert choose(tokens, rows, width, Arch(arch, 32, 132), layout=layout).kernel == kernel
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 100, 128, 200, 256])
+def test_shared_memory_and_programs_suffice(tokens: int) -> None:
+    from fusionpasses.kernels import _warpgroup, mxfp4_gemm_wgmma
+
+    options = mxfp4_gemm_wgmma.launch_options(tokens, 18432, 7168, H200)
+    tiles, columns = options["TOKEN_TILES"], options["UNROLLED"]
+    assert columns * (tiles * 2048 + options["WARPGROUPS"] * 128 * 40 + 8) <= _warpgroup.MOST_SPACE
+    assert 8 * tiles * -(-tokens // mxfp4_gemm_wgmma.MOST_TOKENS) >= tokens
+    assert options["PROGRAMS"] <= 288 * -(-tokens // 64) * 28
+
+
+# ---- interpreted
+
+
+class Warpgroups:
+    """Shared memory, copies that arrive as late as they may or at once, and products under way as long as they may.
+
+    What is copied to must have been read by no product since the last barrier, nor by one that may be under way; what
+    a product reads must have arrived; sums must not be read before ``finish``.
+    """
+
+    def __init__(self) -> None:
+        self.early = False
+        self.sources: tuple[Tensor, ...] = ()
+
+    def emulate(self) -> None:
+        from fusionpasses.kernels import _pieces, _warpgroup
+
+        for name in (
+            "space",
+            "barriers",
+            "fetch",
+            "arrived",
+            "copy_tile",
+            "read_tile",
+            "barrier",
+            "multiply",
+            "finish",
+        ):
+            setattr(_warpgroup, name, getattr(self, name))
+
+        _pieces.multiply_word = _multiply_word
+
+    def space(self, thread: Any, size: Any) -> None:
+        import numpy as np
+
+        self.threads = len(thread.handle.data)
+        self.words = np.full(_int(size) // 4, 0xDEADBEEF, np.uint32)
+        self.phases: dict[int, int] = {}
+        self.fetched: dict[int, list[Any]] = {}
+        self.copied: list[Any] = []
+        self.under_way: list[range] = []
+        self.read: list[range] = []
+        self.sums: Any = None
+
+    def barriers(self, thread: Any, at: Any, count: Any) -> None:
+        assert _int(at) % 8 == 0
+        assert _int(at) + 8 * _int(count) <= 4 * len(self.words)
+        self.new = {_int(at) + 8 * i: 0 for i in range(_int(count))}
+
+    def barrier(self, thread: Any) -> None:
+        self.phases |= self.new
+        self.new = {}
+        self.read = []
+
+    def fetch(self, wanted: Any, address: Any, at: Any, barrier: Any, size: Any) -> None:
+        at, barrier, size = _int(at), _int(barrier), _int(size)
+        if not wanted.handle.data.reshape(-1)[0]:
+            return
+        place = range(at, at + size)
+        assert all(not set(place) & set(used) for used in self.under_way + self.read), "x that is still read"
+        assert barrier in self.phases
+        assert barrier not in self.fetched, "an mbarrier for two copies"
+        first = address.handle.data.reshape(-1)[:1]
+        assert first[0] % 16 == 0
+        self.fetched[barrier] = [place, self._from(first, size)[0]]
+        if self.early:
+            self._arrive(barrier)
+
+    def _from(self, firsts: Any, size: int) -> Any:
+        """The words at some addresses."""
+        import numpy as np
+
+        for tensor in self.sources:
+            begins = firsts - tensor.data_ptr()
+            if ((begins >= 0) & (begins + size <= tensor.nbytes)).all():
+                words = tensor.view(torch.int32).reshape(-1).numpy().view(np.uint32)
+                return words[begins[:, None] // 4 + np.arange(size // 4)]
+        raise AssertionError("copies what is no operand's")
+
+    def _arrive(self, barrier: int) -> None:
+        place, data = self.fetched[barrier]
+        if data is not None:
+            self.words[place.start // 4 : place.stop // 4] = data
+            self.fetched[barrier][1] = None
+            self.phases[barrier] += 1
+
+    def arrived(self, parity: Any, barrier: Any) -> None:
+        barrier = _int(barrier)
+        if barrier in self.fetched:
+            self._arrive(barrier)
+            del self.fetched[barrier]
+        assert self.phases[barrier] % 2 != int(parity.handle.data.reshape(-1)[0]), "waits for ever"
+
+    def copy_tile(self, thread: Any, codes: Any, scales: Any, exists: Any, at: Any, threads: Any) -> None:
+        import numpy as np
+
+        at, threads = _int(at), _int(threads)
+        words = np.zeros((self.threads, 10), np.uint32)
+        there = np.broadcast_to(exists.handle.data.astype(bool), (self.threads,))
+        if there.any():
+            code, scale = codes.handle.data[there], scales.handle.data[there]
+            words[there] = np.hstack((self._from(code, 16), self._from(code + 512, 16), self._from(scale, 8)))
+        lanes = np.arange(threads)
+        places = [at // 4 + 4 * lanes + i for i in range(4)]
+        places += [at // 4 + 4 * threads + 4 * lanes + i for i in range(4)]
+        places += [at // 4 + 8 * threads + 2 * lanes + i for i in range(2)]
+        self.copied.append((places, words))
+        if self.early:
+            self._land(len(self.copied) - 1)
+
+    def _land(self, i: int) -> None:
+        if self.copied[i] is not None:
+            for place, data in zip(self.copied[i][0], self.copied[i][1].T, strict=True):
+                self.words[place] = data
+            self.copied[i] = None
+
+    def read_tile(self, thread: Any, at: Any, threads: Any, left: Any) -> Any:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        at, threads = _int(at), _int(threads)
+        for i in range(len(self.copied) - _int(left)):
+            self._land(i)
+        lanes = np.arange(threads)
+        places = [at // 4 + 4 * lanes + i for i in range(4)]
+        places += [at // 4 + 4 * threads + 4 * lanes + i for i in range(4)]
+        places += [at // 4 + 8 * threads + 2 * lanes + i for i in range(2)]
+        kind = tl.block_type(tl.uint32, [self.threads])
+        words = tuple(tl.tensor(TensorHandle(self.words[place], tl.uint32), kind) for place in places)
+        for place in places:  # so that what is read twice is noticed
+            self.words[place] = 0x7FC07FC0
+        return words
+
+    def multiply(self, sums: Any, low: Any, high: Any, tiles: Any, at: Any, behind: Any) -> Any:
+        import numpy as np
+
+        tiles, at, behind = _int(tiles), _int(at), _int(behind)
+        lane = np.arange(32)
+        g, c = lane // 4, lane % 4
+        before = self._true(sums)
+        total = [before[i].copy() for i in range(4 * tiles)]
+        for half in range(2):
+            a = np.zeros((self.threads // 32, 16, 16), np.float32)
+            for j, (part, row) in enumerate(((low, 0), (high, 8), (low, 0), (high, 8))):
+                pair = _bfloat16s(part[2 * half + j // 2].handle.data).reshape(-1, 32, 2)
+                for i in range(2):
+                    a[:, g + row, 2 * c + i + 8 * (j // 2)] = pair[..., i]
+            for n in range(tiles):
+                b = np.zeros((16, 8), np.float32)
+                for k in range(2):
+                    start = (at + half * tiles * 256 + k * tiles * 128 + n * 128) // 4
+                    b[8 * k : 8 * k + 8] = _bfloat16s(self.words[start : start + 32]).reshape(8, 8).T
+                with np.errstate(invalid="ignore", over="ignore"):
+                    product = a @ b
+                for i in range(4):
+                    total[4 * n + i] += product[:, g + 8 * (i // 2), 2 * c + i % 2].reshape(-1)
+        self.under_way.append(range(at, at + tiles * 512))
+        while len(self.under_way) > behind:
+            self.read.append(self.under_way.pop(0))
+        return self._hidden(total)
+
+    def _true(self, sums: Any) -> Any:
+        if self.sums is not None and sums[0] is self.sums[0][0]:
+            return self.sums[1]
+        return [s.handle.data for s in sums]
+
+    def _hidden(self, total: Any) -> Any:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        kind = tl.block_type(tl.float32, [self.threads])
+        shown = tuple(tl.tensor(TensorHandle(np.full_like(t, np.nan), tl.float32), kind) for t in total)
+        self.sums = shown, total
+        return shown
+
+    def finish(self, sums: Any, tiles: Any) -> Any:
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        self.read += self.under_way
+        self.under_way = []
+        kind = tl.block_type(tl.float32, [self.threads])
+        return tuple(tl.tensor(TensorHandle(t, tl.float32), kind) for t in self._true(sums))
+
+
+def _int(value: Any) -> int:
+    return int(getattr(value, "value", value))
+
+
+def _bfloat16s(words: Any) -> Any:
+    import numpy as np
+
+    bits = words.astype(np.uint32)
+    return np.stack((bits << 16, bits & np.uint32(0xFFFF0000)), -1).astype(np.uint32).view(np.float32)
+
+
+def _multiply_word(word: Any, factor: Any, *_: Any) -> Any:
+    """The pairs' products, which are exact: half a second faster a call than Triton's interpreter with the plain form."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = _bfloat16s(word.handle.data) * _bfloat16s(
+            np.broadcast_to(factor.handle.data, word.handle.data.shape)
+        )
+    bits = products.astype(np.float32).view(np.uint32)
+    assert (bits & 0xFFFF == 0).all()
+    packed = (bits[..., 0] >> 16) | (bits[..., 1] & np.uint32(0xFFFF0000))
+    return tl.tensor(TensorHandle(packed.astype(np.uint32), tl.uint32), word.type)
+
+
+def check_products() -> None:
+    """Tails of rows, columns and tokens, groups of tokens, shares of programs, codes for x, bias: sums are exact."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    emulated = Warpgroups()
+    emulated.emulate()
+    from fusionpasses.kernels import mxfp4_gemm_wgmma as kernels
+    from fusionpasses.kernels.arch import PLAIN
+
+    for seed in range(16):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rows, width = rng.choice((1, 16, 70, 200)), 32 * rng.choice((1, 4, 13, 20, 29))
+        tokens, warpgroups = rng.choice((1, 9, 20, 33)), rng.choice((1, 1, 2))
+        unrolled, token_tiles = rng.choice((2, 2, 3)), rng.choice((1, 2, 3))
+        codes, scales = weight(rows, width, 124, 131)
+        want_w = _mxfp4.dequantize(codes, scales)
+        w, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+        # Sums of small integers are exact in any order.
+        x, x_scales = torch.randint(-3, 4, (tokens, width)).bfloat16(), None
+        if seed % 4 == 2 and seed % 3:  # next to what is not there
+            x[-1, -1] = torch.inf
+        values = x.float()
+        if seed % 3 == 0:
+            x, x_scales = _mxfp4.quantize(values, "even")
+            values = _mxfp4.dequantize(x, x_scales)
+        groups, units = -(-tokens // (8 * token_tiles)), -(-width // (128 * unrolled))
+        steps = -(-rows // (64 * warpgroups)) * groups * units
+        programs = rng.choice((1, steps, rng.randint(1, steps), rng.randint(1, steps)))
+        columns = units * unrolled
+        in_order = torch.full((groups, columns, token_tiles * 1024), torch.nan).bfloat16()
+        flags = torch.full((programs,), 7, dtype=torch.int32)
+        kernels.mxfp4_gemm_interleave[(-(-columns // 2), groups * token_tiles)](
+            x,
+            x_scales,
+            in_order,
+            flags,
+            tokens,
+            programs,
+            x.stride(0),
+            None if x_scales is None else x_scales.stride(0),
+            K=width,
+            COLUMNS=columns,
+            TOKEN_TILES=token_tiles,
+            WARPS=2,
+            ISA=PLAIN,
+        )
+        assert not flags.any()
+        assert not in_order.isnan().any(), f"seed {seed}: places of x that nothing was written to"
+        bias = torch.randint(-9, 9, (rows,)).float() if seed % 2 else None
+        out = torch.full((tokens, rows), torch.nan)
+        partial = torch.full((programs, 4 * token_tiles, 128 * warpgroups), torch.nan)
+        emulated.early, emulated.sources = seed % 4 == 1, (in_order, w, exponents)
+        kernels.mxfp4_gemm_wgmma[(programs,)](
+            in_order,
+            w,
+            exponents,
+            bias,
+            out,
+            partial,
+            flags,
+            tokens,
+            rows,
+            groups,
+            steps,
+            programs,
+            2.0**shift,
+            K=width,
+            TOKEN_TILES=token_tiles,
+            WARPGROUPS=warpgroups,
+            UNROLLED=unrolled,
+            ISA=PLAIN,
+        )
+        want = values @ want_w.T + (0 if bias is None else bias)
+        same = (out == want) | (out.isnan() & want.isnan())
+        assert same.all(), f"seed {seed}: {int((~same).sum())} of {out.numel()} differ"
+
+
+GROUPS = {"products": check_products}
+
+
+@needs_triton
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreted(group: str) -> None:
+    triton_interpreter.run(__file__, group)
+
+
+# ---- on a GPU
+
+
+def _is_hopper() -> bool:
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+gpu = [pytest.mark.gpu, compiled, pytest.mark.skipif(not _is_hopper(), reason="no Hopper GPU")]
+
+
+def _check(got: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, seed: int) -> None:
+    exact, magnitude = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    bound = w.shape[1] * 2.0**-24 * magnitude + torch.finfo(got.dtype).eps / 2 * exact.abs() * 1.01 + 1e-30
+    off = (got.double() - exact).abs() / bound
+    assert off.max() <= 1, f"seed {seed}: {tuple(x.shape)} x {tuple(w.shape)}: {float(off.max())} of the bound"
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=gpu) for part in range(4)])
+def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part: int) -> None:
+    from fusionpasses.providers import _triton_gemm_wgmma
+
+    for seed in range(part, 80, 4):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rows, width = rng.choice((1, 40, 576, 2112)), 32 * rng.choice((1, 5, 64, 90, 224))
+        tokens, token_tiles = rng.choice((1, 8, 17, 33, 64, 65, 100, 200)), rng.choice((1, 2, 3, 4, 6, 8))
+        codes, scales = weight(rows, width, *rng.choice(((118, 126), (125, 132))), "cuda")
+        w = _mxfp4.dequantize(codes, scales)
+        prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+        bias = torch.randn(rows, device="cuda") if seed % 3 == 0 else None
+        x, x_scales = torch.randn(tokens, width + 64 * (seed % 5 == 0), device="cuda").bfloat16()[:, :width], None
+        values, stride = x.float(), x.stride(0)
+        if seed % 2:
+            x, x_scales = _mxfp4.quantize(values, "even")
+            values, stride = _mxfp4.dequantize(x, x_scales), x.stride(0)
+        options = {"TOKEN_TILES": token_tiles, "WARPGROUPS": 1, "UNROLLED": 2, "num_warps": 4}
+        options |= {"enable_fp_fusion": False, "launch_pdl": True}
+        steps = -(-rows // 64) * -(-tokens // (8 * token_tiles)) * -(-width // 256)
+        options["PROGRAMS"] = rng.choice((min(steps, 660), rng.randint(1, min(steps, 660))))
+        outs = [torch.full((tokens, rows), torch.nan, device="cuda").bfloat16() for _ in range(3)]
+        for out in outs:
+            _triton_gemm_wgmma.multiply(
+                x, x_scales, stride, prepared, exponents, bias, out, tokens, rows, width, shift, options, H200
+            )
+        assert torch.equal(outs[0], outs[1]), f"seed {seed}: other bytes"
+        assert torch.equal(outs[0], outs[2]), f"seed {seed}: other bytes"
+        _check(outs[0], values, w, bias, seed)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (17, 64, 128)])
+def test_gpu_ops_multiply_so(tokens: int) -> None:
+    from fusionpasses.kernels import arch
+    from fusionpasses.kernels.gemm_choice import choose
+
+    rows, width = 4096, 8192
+    assert choose(tokens, rows, width, arch.of(torch.device("cuda")), layout="tiles").kernel == "mxfp4_gemm_wgmma"
+    codes, scales = weight(rows, width, 118, 126, "cuda")
+    w = _mxfp4.dequantize(codes, scales)
+    prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+    misaligned = torch.empty(prepared.numel() + 4, dtype=torch.uint8, device="cuda")[4:].view(prepared.shape)
+    misaligned.copy_(prepared)
+    keywords = {"layout": "tiles", "rows": rows, "shift": shift, "provider": "triton"}
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    call = OPS["mxfp4_gemm_a16w4.default"].overload
+    for operand in (prepared, prepared, misaligned):  # in full, replayed, copied
+        _check(call(x, operand, exponents, None, **keywords), x, w, None, tokens)
+    half = x[: tokens // 2].half()
+    _check(call(half, prepared, exponents, None, **keywords), half, w, None, tokens)
+    x_codes, x_scales = _mxfp4.quantize(x, "even")
+    got = OPS["mxfp4_gemm.default"].overload(
+        x_codes, x_scales, prepared, exponents, None, out_dtype=torch.bfloat16, **keywords
+    )
+    _check(got, _mxfp4.dequantize(x_codes, x_scales), w, None, tokens)
+
+
+if __name__ == "__main__":
+    GROUPS[sys.argv[1]]()
