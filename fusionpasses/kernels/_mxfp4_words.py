@@ -96,6 +96,44 @@ def scaled(word, scale, LAYOUT: tl.constexpr, ISA: tl.constexpr):
     return times(pairs, scale, ISA)
 
 
+@triton.constexpr_function
+def _times_half_text(half):
+    # ptxas has the multiplication read that half for both.
+    return (
+        "{ .reg .b16 s<2>; .reg .b32 pair; mov.b32 {s0, s1}, $2; "
+        f"mov.b32 pair, {{s{half}, s{half}}}; mul.rn.bf16x2 $0, $1, pair; }}"
+    )
+
+
+@triton.jit
+def _times_half(a, pair, HALF: tl.constexpr, ISA: tl.constexpr):
+    """Both halves of ``a`` times one of ``pair``."""
+    if ISA == PTX:
+        return _pieces.packed(_times_half_text(HALF), a, pair)
+    else:
+        return _pieces.multiply_word(a, ((pair >> (16 * HALF)) & 0xFFFF) * 0x00010001, tl.bfloat16, ISA)
+
+
+@triton.jit
+def factors(word):
+    """The exponents of a prepared tile's four blocks as bfloat16: blocks 0 and 2, then 1 and 3."""
+    return (word << 7) & 0x7F807F80, (word >> 1) & 0x7F807F80
+
+
+@triton.jit
+def scaled_of_tile(word, factors_of_row, q: tl.constexpr, ISA: tl.constexpr):
+    """Values of the eight codes of a word of a prepared tile's block q, as four pairs."""
+    pairs = _pairs(word, TILES)
+    HALF: tl.constexpr = q // 2
+    pair = factors_of_row[q % 2]
+    return (
+        _times_half(pairs[0], pair, HALF, ISA),
+        _times_half(pairs[1], pair, HALF, ISA),
+        _times_half(pairs[2], pair, HALF, ISA),
+        _times_half(pairs[3], pair, HALF, ISA),
+    )
+
+
 @triton.jit
 def two_words(base):
     return tl.split(tl.load(base[:, None] + tl.arange(0, 2)[None, :]))

@@ -55,13 +55,14 @@ def _arrived_text(barrier):
 
 
 @triton.constexpr_function
-def _copy_text(at, threads):
-    first, second, scales = at, at + threads * 16, at + threads * 32
+def _copy_text(at, threads, zeros):
+    # What is not copied is not written either, or its size is 0, and zeros are.
+    only, size, half = ("", "$4", "$0") if zeros else ("@p ", "16", "8")
     return (
-        "{ .reg .b32 s, e; mov.u32 s, space; mad.lo.u32 e, $1, 8, s; mad.lo.u32 s, $1, 16, s; "
-        f"cp.async.cg.shared.global [s+{first}], [$2], 16, $4; "
-        f"cp.async.cg.shared.global [s+{second}], [$2+512], 16, $4; "
-        f"shr.u32 $0, $4, 1; cp.async.ca.shared.global [e+{scales}], [$3], 8, $0; cp.async.commit_group; }}"
+        "{ .reg .pred p; .reg .b32 s, e; mov.u32 s, space; mad.lo.u32 e, $1, 8, s; mad.lo.u32 s, $1, 16, s; "
+        f"setp.ne.u32 p, $4, 0; shr.u32 $0, $4, 1; {only}cp.async.cg.shared.global [s+{at}], [$2], 16, {size}; "
+        f"{only}cp.async.cg.shared.global [s+{at + threads * 16}], [$2+512], 16, {size}; "
+        f"{only}cp.async.ca.shared.global [e+{at + threads * 32}], [$3], 8, {half}; cp.async.commit_group; }}"
     )
 
 
@@ -92,13 +93,12 @@ def _multiply_text(tiles, at, behind):
     # on; and eight columns and the next eight, from bit 32 on.
     def descriptor(name, start):
         low = (tiles * 128 // 16 << 16) + start // 16
-        return f"add.u32 l, s, {low}; mov.b64 {name}, {{l, h}}; "
+        return f"add.u64 {name}, f, {low}; "
 
     return (
-        "{ .reg .pred p; .reg .b32 s, l, h; .reg .b64 d, e; setp.eq.u32 p, 0, 0; mov.b32 h, 8; "
-        "mov.u32 s, space; shr.u32 s, s, 4; and.b32 s, s, 0x3FFF; "
-        f"{descriptor('d', at)}{descriptor('e', at + tiles * 256)}"
-        f"wgmma.fence.sync.aligned; {one(0, 'd')}{one(4, 'e')}"
+        "{ .reg .pred p; .reg .b32 s, l, h; .reg .b64 d, e, f; setp.eq.u32 p, 0, 0; mov.b32 h, 8; "
+        "mov.u32 s, space; shr.u32 s, s, 4; and.b32 s, s, 0x3FFF; mov.b64 f, {s, h}; "
+        f"wgmma.fence.sync.aligned; {descriptor('d', at)}{one(0, 'd')}{descriptor('e', at + tiles * 256)}{one(4, 'e')}"
         f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {behind}; }}"
     )
 
@@ -154,9 +154,12 @@ def arrived(parity, BARRIER: tl.constexpr):
 
 
 @triton.jit
-def copy_tile(thread, codes, scales, exists, AT: tl.constexpr, THREADS: tl.constexpr):
-    """Begins to copy a thread's part of a tile of a prepared weight, 40 bytes, to where it alone reads it; or zeros."""
-    _asm(_copy_text(AT, THREADS), "=&r,r,l,l,r", [thread, codes, scales, tl.where(exists, 16, 0)])
+def copy_tile(thread, codes, scales, exists, AT: tl.constexpr, THREADS: tl.constexpr, ZEROS: tl.constexpr):
+    """Begins to copy a thread's part of a tile of a prepared weight, 40 bytes, to where it alone reads it.
+
+    Of a tile that does not exist, zeros if ZEROS, else nothing.
+    """
+    _asm(_copy_text(AT, THREADS, ZEROS), "=&r,r,l,l,r", [thread, codes, scales, tl.where(exists, 16, 0)])
 
 
 @triton.jit

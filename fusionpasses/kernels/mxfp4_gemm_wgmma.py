@@ -48,18 +48,20 @@ def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str)
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
 
-    More rows, more columns of a step and fewer registers were measured and are not faster on an H200.
+    More rows and more columns of a step were measured and are not faster on an H200. All programs must be on the GPU at
+    once, or the last ones double the time: so many as a multiprocessor has registers for, and no more registers.
     """
     groups = -(-tokens // MOST_TOKENS)
     token_tiles = -(-tokens // (8 * groups))
     warpgroups, unrolled = 1, 2
     steps = -(-rows // (_ROWS * warpgroups)) * groups * -(-width // (_COLUMN * unrolled))
+    programs, registers = (5, 96) if token_tiles <= 4 else (4, 128)
     return {
         "TOKEN_TILES": token_tiles,
         "WARPGROUPS": warpgroups,
         "UNROLLED": unrolled,
-        # As many as a multiprocessor has registers for.
-        "PROGRAMS": min(steps, (5 if token_tiles <= 4 else 4) * arch.processors),
+        "PROGRAMS": min(steps, programs * arch.processors),
+        "maxnreg": registers,
         "num_warps": 4 * warpgroups,
         "enable_fp_fusion": False,
         "launch_pdl": True,
@@ -193,7 +195,9 @@ def mxfp4_gemm_wgmma(
         exists = row_tile < row_tiles
         if not EVEN:
             exists = exists & (next_unit * UNROLLED + i < COLUMNS)
-        _warpgroup.copy_tile(thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS)
+        _warpgroup.copy_tile(
+            thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS, not EVEN
+        )
     next_unit += 1
     left -= 1
     if next_unit == UNITS:
@@ -228,11 +232,14 @@ def mxfp4_gemm_wgmma(
                 exists = (row_tile < row_tiles) & (left > 0)
                 if not EVEN:
                     exists = exists & (next_unit * UNROLLED + i < COLUMNS)
-                _warpgroup.copy_tile(thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS)
+                _warpgroup.copy_tile(
+                    thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS, not EVEN
+                )
                 _warpgroup.arrived(parity, FIRST_BARRIER + i * 8)
+                f_low, f_high = _mxfp4_words.factors(words[8]), _mxfp4_words.factors(words[9])
                 for q in tl.static_range(4):
-                    low = _mxfp4_words.scaled(words[q], mxfp4_gemm.scale_of(words[8], q, TILES), TILES, ISA)
-                    high = _mxfp4_words.scaled(words[4 + q], mxfp4_gemm.scale_of(words[9], q, TILES), TILES, ISA)
+                    low = _mxfp4_words.scaled_of_tile(words[q], f_low, q, ISA)
+                    high = _mxfp4_words.scaled_of_tile(words[4 + q], f_high, q, ISA)
                     sums = _warpgroup.multiply(sums, low, high, TOKEN_TILES, i * X + q * (X // 4), 1)
                     if q == 0:
                         # All products with the column before are done, in every warp: its place is free.
