@@ -54,8 +54,6 @@ _CHOICES_OF_LINEAR = {
     2: ((4, 8, 0),),
     4: ((3, 4, 0), (4, 8, 0)),
 }
-#: The same for MXFP4 x, which each program decodes: for more rows.
-_CHOICES_OF_CODES = _CHOICES | {1: ((4, 8, 4), (5, 8, 4))}
 _MOST_SPLIT = 8
 
 
@@ -77,21 +75,14 @@ def decodes_tokens(tokens: int, rows: int, width: int) -> bool:
     return tokens <= 8 or (tokens <= 16 and rows < width and rows * width < LARGE)
 
 
-def launch_options(
-    tokens: int, rows: int, width: int, arch: Arch, layout: str, *, codes: bool = False
-) -> dict[str, int | bool]:
-    """Tile and compile options: of the choices above and ways to cut K, what should take least time.
-
-    Args:
-        codes: programs decode x, too.
-    """
+def launch_options(tokens: int, rows: int, width: int, arch: Arch, layout: str) -> dict[str, int | bool]:
+    """Tile and compile options: of the choices above and ways to cut K, what should take least time."""
     linear = layout == "linear"
-    choices = _CHOICES_OF_LINEAR if linear else _CHOICES_OF_CODES if codes else _CHOICES
     # A large weight in LINEAR takes 16 tokens 70 us as 16, and 45 us as if they were 32.
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 and not (linear and rows * width >= LARGE) else 4
     columns = -(-width // 128)
     least = None
-    for row_tiles, most_warps, stages in choices[token_tiles]:
+    for row_tiles, most_warps, stages in (_CHOICES_OF_LINEAR if linear else _CHOICES)[token_tiles]:
         k_warps = min(most_warps, triton.next_power_of_2(columns))
         enough = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) >= 2 * arch.processors
         for split in range(1, 2 if enough else max(1, min(_MOST_SPLIT, columns // k_warps)) + 1):
@@ -248,18 +239,20 @@ def _arranged(x_ptr, tile, column, lane, q: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def scale_of(word, q: tl.constexpr, LAYOUT: tl.constexpr):
+    if LAYOUT == TILES:
+        return ((word >> (8 * q)) & 0xFF) * 0x00800080
+    else:
+        return _mxfp4_words.power(word)
+
+
+@triton.jit
 def _add_tile(acc, weight, x, TOKEN_TILES: tl.constexpr, LAYOUT: tl.constexpr, ISA: tl.constexpr):
     """Sums of a tile's rows with all tokens, four for each tile of tokens, after one more tile of the weight."""
     low, high, s_low, s_high = weight
-    if LAYOUT == TILES:
-        f_low, f_high = _mxfp4_words.factors(s_low), _mxfp4_words.factors(s_high)
     for q in tl.static_range(4):
-        if LAYOUT == TILES:
-            a = _mxfp4_words.scaled_of_tile(low[q], f_low, q, ISA)
-            b = _mxfp4_words.scaled_of_tile(high[q], f_high, q, ISA)
-        else:
-            a = _mxfp4_words.scaled(low[q], _mxfp4_words.power(s_low), LINEAR, ISA)
-            b = _mxfp4_words.scaled(high[q], _mxfp4_words.power(s_high), LINEAR, ISA)
+        a = _mxfp4_words.scaled(low[q], scale_of(s_low, q, LAYOUT), LAYOUT, ISA)
+        b = _mxfp4_words.scaled(high[q], scale_of(s_high, q, LAYOUT), LAYOUT, ISA)
         new = ()
         for n in tl.static_range(TOKEN_TILES):
             y = x[n * 4 + q]

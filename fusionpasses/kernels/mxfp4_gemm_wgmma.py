@@ -136,6 +136,26 @@ def _weight_of(tile, unit, groups, warp, w, scales, UNROLLED: tl.constexpr, COLU
 
 
 @triton.jit
+def _copy_column(
+    thread,
+    w,
+    scales,
+    exists,
+    unit,
+    i: tl.constexpr,
+    FIRST_W: tl.constexpr,
+    W: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of the i-th column of a step a thread's part of the weight; zeros of a column that is not there."""
+    ENDS: tl.constexpr = COLUMNS % UNROLLED != 0
+    if ENDS:
+        exists = exists & (unit * UNROLLED + i < COLUMNS)
+    _warpgroup.copy_tile(thread, w + i * 1024, scales + i * 64, exists, FIRST_W + i * W, W // 40, ENDS)
+
+
+@triton.jit
 def _tokens_of(x, tile, unit, groups, UNITS: tl.constexpr, STEP: tl.constexpr):
     return x + ((tile % groups).to(tl.int64) * UNITS + unit) * STEP
 
@@ -163,7 +183,6 @@ def mxfp4_gemm_wgmma(
 ):
     COLUMNS: tl.constexpr = (K // 32 + 3) // 4
     UNITS: tl.constexpr = (COLUMNS + UNROLLED - 1) // UNROLLED
-    EVEN: tl.constexpr = COLUMNS % UNROLLED == 0
     ROWS: tl.constexpr = WARPGROUPS * 4
     THREADS: tl.constexpr = WARPGROUPS * 128
     X: tl.constexpr = TOKEN_TILES * 2048  # bytes of a column of x
@@ -193,11 +212,7 @@ def mxfp4_gemm_wgmma(
     next_w, next_scales, row_tile = _weight_of(tile, unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
     for i in tl.static_range(UNROLLED):
         exists = row_tile < row_tiles
-        if not EVEN:
-            exists = exists & (next_unit * UNROLLED + i < COLUMNS)
-        _warpgroup.copy_tile(
-            thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS, not EVEN
-        )
+        _copy_column(thread, next_w, next_scales, exists, next_unit, i, FIRST_W, W, UNROLLED, COLUMNS)
     next_unit += 1
     left -= 1
     if next_unit == UNITS:
@@ -230,11 +245,7 @@ def mxfp4_gemm_wgmma(
             for i in tl.static_range(UNROLLED):
                 words = _warpgroup.read_tile(thread, FIRST_W + i * W, THREADS, UNROLLED - 1)
                 exists = (row_tile < row_tiles) & (left > 0)
-                if not EVEN:
-                    exists = exists & (next_unit * UNROLLED + i < COLUMNS)
-                _warpgroup.copy_tile(
-                    thread, next_w + i * 1024, next_scales + i * 64, exists, FIRST_W + i * W, THREADS, not EVEN
-                )
+                _copy_column(thread, next_w, next_scales, exists, next_unit, i, FIRST_W, W, UNROLLED, COLUMNS)
                 _warpgroup.arrived(parity, FIRST_BARRIER + i * 8)
                 f_low, f_high = _mxfp4_words.factors(words[8]), _mxfp4_words.factors(words[9])
                 for q in tl.static_range(4):
