@@ -7,10 +7,14 @@ for ``aiter.ops`` it would import the parents.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import hashlib
 import importlib.util
+import io
 import pathlib
 import re
+import tokenize
 
 #: What to do about a package that is not AITER.
 FIX = (
@@ -59,6 +63,15 @@ CAPABILITIES = {
         Capability("gemm_afp4wfp4_preshuffled_scales", *_GEMM),
     )
 }
+
+
+#: Functions that quantise, by one function of their kernels: how it rounds changed, and no signature with it.
+QUANTISING = ("dynamic_mxfp4_quant", "fused_rms_mxfp4_quant", "act_mul_and_mxfp4_quant")
+_ROUNDING = "_mxfp4_quant_op"
+_ROUNDING_FILES = ("ops/triton/_triton_kernels/quant/quant.py", "ops/triton/_triton_kernels/quant.py")
+
+#: What is known of that function, by the digest of its code: "new" rounds ties to even, "old" away from zero.
+ROUNDINGS = {"fa7cc8fa97a779af": "new", "e3395dfc2dc8fec4": "old"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +136,29 @@ def locate(root: pathlib.Path, capability: Capability) -> tuple[pathlib.Path, st
 def defines(file: pathlib.Path, function: str) -> bool:
     """Does a file define a function at its top level? Old releases have some of the files without the functions."""
     return re.search(rf"^def {function}\(", file.read_text(errors="replace"), re.MULTILINE) is not None
+
+
+def rounding(root: pathlib.Path) -> tuple[str | None, str]:
+    """How AITER rounds to codes, "new" or "old", or None for code that was never read; and where that code is."""
+    for place in _ROUNDING_FILES:
+        file = root / place
+        if file.is_file():
+            code = digest(file.read_text(encoding="utf-8"), _ROUNDING)
+            return ROUNDINGS.get(code), f"{_ROUNDING} in {file}"
+    return None, f"{root}, which has no {' nor '.join(_ROUNDING_FILES)}"
+
+
+def digest(text: str, function: str) -> str:
+    """Of the code of a function at the top level of a file: no comment, layout or docstring counts. "" if not there."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            lines = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+            counts = (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING)
+            tokens = [t for t in tokenize.generate_tokens(io.StringIO(lines).readline) if t.type in counts]
+            docs = node.body[0].lineno - node.lineno + 1 if ast.get_docstring(node) is not None else None
+            code = " ".join(t.string for t in tokens if t.type != tokenize.STRING or t.start[0] != docs)
+            return hashlib.sha256(code.encode()).hexdigest()[:16]
+    return ""
 
 
 def module_name(root: pathlib.Path, file: pathlib.Path) -> str:

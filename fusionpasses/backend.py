@@ -229,7 +229,9 @@ def fusion_backend(
     ``torch._inductor.config``, runs before the fusion passes.
 
     Args:
-        provider: who runs the fused ops: "auto" (the probes decide), "triton" or "reference".
+        provider: who runs the fused ops: "auto" (the probes decide), "aiter" (AMD's kernels, for calls whose bytes they
+            are proved to give; Triton for the others), "aiter_finite" (also where that holds for finite numbers only),
+            "triton" or "reference".
         passes: names of the passes to run; None runs all.
 
     Raises:

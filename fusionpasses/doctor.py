@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fusionpasses
-from fusionpasses import _aiter_files, probes, providers
+from fusionpasses import _aiter_files, _aiter_numerics, probes, providers
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.kernels import arch
 from fusionpasses.ops import OPS
@@ -27,7 +27,7 @@ EXIT = "Exits with 1 if a GPU is here and an op would be left to the reference, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--provider", metavar="NAME", help=f"ask for one: {', '.join(providers.PREFERENCE)}")
+    parser.add_argument("--provider", metavar="NAME", help=f"ask for one: {', '.join(_names())}")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -106,18 +106,34 @@ def _answers(devices: list[dict[str, Any]]) -> dict[str, Verdict]:
     return {**answers, **{f"{probe.__name__}()": probe() for probe in public}}
 
 
+def _names() -> tuple[str, ...]:
+    """Every provider, those that are taken only by name last."""
+    return (*providers.PREFERENCE, *providers.BY_NAME)
+
+
 def _op(op: str, device_type: str, requested: str | None) -> dict[str, Any]:
     """Who can run an op, who is chosen, and why not when nobody is."""
     try:
         choice, error = providers.select(op, device_type, requested or "auto"), None
     except ProviderUnavailable as refusal:
         choice, error = None, str(refusal)
-    verdicts = {name: providers.verdict(name, op, device_type) for name in providers.PREFERENCE}
+    verdicts = {name: providers.usable(name, op, device_type) for name in _names()}
     return {
         "choice": choice,
         "auto": providers.select(op, device_type),
         "error": error,
         "providers": {name: {"ok": answer.ok, "why": answer.why} for name, answer in verdicts.items()},
+        "aiter": [
+            {
+                "function": each.function or None,
+                "release": each.release,
+                "ruled_out": list(each.ruled_out),
+                "by_call": list(each.by_call),
+                "switch": each.switch,
+                "why": str(each),
+            }
+            for each in _aiter_numerics.standings(op)
+        ],
     }
 
 
@@ -126,16 +142,22 @@ def _problems(ops: dict[str, dict[str, Any]], device_type: str, requested: str |
     problems = []
     left = [op for op, row in ops.items() if row["auto"] == "reference"]
     if device_type == "cuda" and left:
-        why = sorted({answer["why"] for op in left for answer in ops[op]["providers"].values() if not answer["ok"]})
+        # Without ROCm, AITER is no news beside what keeps Triton from it.
+        asked = [name for name in providers.PREFERENCE if name != "aiter" or probes.probe_hip()]
+        answers = [ops[op]["providers"][name] for op in left for name in asked]
+        why = sorted({answer["why"] for answer in answers if not answer["ok"]})
         problems.append(
             f"a GPU is here and the reference (plain torch, slow) would run {', '.join(left)}: {'; '.join(why)}"
         )
-    if requested is not None and requested not in providers.PREFERENCE:
-        problems.append(
-            f"provider {requested!r} is none that this release knows: allowed {', '.join(providers.PREFERENCE)}"
-        )
+    if requested is not None and requested not in _names():
+        problems.append(f"provider {requested!r} is none that this release knows: allowed {', '.join(_names())}")
     elif requested is not None and not any(row["choice"] for row in ops.values()):
         why = sorted({row["providers"][requested]["why"] for row in ops.values()})
+        # What numerics rule out would be so with any installation.
+        why = [each for each in why if all(each not in _whys(row) for row in ops.values())] or why
+        if providers.is_rule(requested):
+            why += [each.why for each in (probes.probe_hip_architecture(), probes.probe_aiter()) if not each]
+            why = list(dict.fromkeys(why))
         problems.append(f"provider {requested!r} was asked for and can run nothing here: {'; '.join(why)}")
     return problems
 
@@ -155,6 +177,11 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"  {name:{width}}  {'yes' if row['ok'] else 'no ':3}  {row['why']}" for name, row in answers.items()]
     lines += ["", f"who runs each op on device type {found['device_type']!r} (* the choice, yes: could, -: cannot):"]
     lines += _table(found["ops"]) + _reasons(found["ops"])
+    lines += [
+        "",
+        "AITER's kernels beside our ops: what keeps each from calls, and the setting that admits it:",
+    ]
+    lines += _standings(found["ops"])
     lines += ["", *(f"problem: {problem}" for problem in found["problems"])]
     lines += [f"advice: {advice}" for advice in found["advice"]]
     if not found["problems"]:
@@ -164,10 +191,14 @@ def text(found: dict[str, Any]) -> str:
 
 def _table(ops: dict[str, dict[str, Any]]) -> list[str]:
     width = max(map(len, ops))
-    lines = ["  ".join([f"  {'op':{width}}", *(f"{name:^9}" for name in providers.PREFERENCE)]).rstrip()]
+    lines = ["  ".join([f"  {'op':{width}}", *(f"{name:^9}" for name in _names())]).rstrip()]
     for op, row in ops.items():
         marks = ["*" if name == row["choice"] else "yes" if at["ok"] else "-" for name, at in row["providers"].items()]
-        lines.append("  ".join([f"  {op:{width}}", *(f"{mark:^9}" for mark in marks)]).rstrip())
+        lines.append(
+            "  ".join(
+                [f"  {op:{width}}", *(f"{m:^{max(9, len(name))}}" for m, name in zip(marks, row["providers"]))]
+            ).rstrip()
+        )
     return lines
 
 
@@ -176,10 +207,33 @@ def _reasons(ops: dict[str, dict[str, Any]]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for op, row in ops.items():
         for name, answer in row["providers"].items():
-            if not answer["ok"]:
+            # What numerics rule out is said of each kernel, below.
+            if not answer["ok"] and answer["why"] not in _whys(row):
                 # Reasons that name the op are the same one for each op.
                 groups.setdefault((name, answer["why"].replace(op, "this op")), []).append(op)
     return [
         f"  {name} cannot: {why} ({'all ops' if len(which) == len(ops) else ', '.join(which)})"
         for (name, why), which in groups.items()
     ]
+
+
+def _standings(ops: dict[str, dict[str, Any]]) -> list[str]:
+    """What numerics rule out of AITER, and the setting that admits it: each sentence once, with kernels and ops."""
+    groups: dict[tuple[str, str], tuple[dict[str, None], list[str]]] = {}
+    for op, row in ops.items():
+        for each in row["aiter"]:
+            why = f"{'; '.join(each['ruled_out']) or 'exact, for the calls that its rules accept'}; {each['switch']}"
+            if each["by_call"]:
+                why += f"; each call is asked for its {'; '.join(each['by_call'])}"
+            functions, served = groups.setdefault((each["release"], why), ({}, []))
+            functions[each["function"] or "no kernel"] = None
+            served.append(op)
+    lines = []
+    for (release, why), (functions, served) in groups.items():
+        of = "" if release == "any" else f" of {release} releases"
+        lines += [f"  {', '.join(functions)}{of}, for {', '.join(dict.fromkeys(served))}:", f"    {why}"]
+    return lines
+
+
+def _whys(row: dict[str, Any]) -> set[str]:
+    return {each["why"] for each in row["aiter"]} | {why for each in row["aiter"] for why in each["ruled_out"]}

@@ -15,7 +15,9 @@ class UnsupportedInput(FusionError):
 
 
 class ProviderUnavailable(FusionError):
-    """A provider was asked for by name and cannot serve; explicit requests never fall back."""
+    """A provider was asked for by name and cannot serve; explicit requests never fall back.
+
+    Where a name means a rule (AITER for the calls it is exact for, else Triton), following it is no fallback."""
 
 
 class BadConfig(FusionError):

@@ -26,12 +26,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusionpasses import probes, providers, remarks
+from fusionpasses import probes, providers, remarks, who_runs
 from fusionpasses.anchors import Anchor
 from fusionpasses.config import FusionConfig
 from fusionpasses.dump import DumpFolder
 from fusionpasses.patterns import PASS_NAMES, pass_class
-from fusionpasses.patterns._graph import tensor_of
 from fusionpasses.report import COMPILED, GraphReport
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class Pipeline(CustomGraphPass):
         if left_out:
             report.messages.append(f"not run, because passes={self._config.passes}: {', '.join(left_out)}")
         start = time.perf_counter()
-        pin_providers(graph)
+        who_runs.pin_providers(graph)
         seconds = time.perf_counter() - start
         passes = self.passes()
         for number, fusion_pass in enumerate(passes):
@@ -167,6 +166,7 @@ class Pipeline(CustomGraphPass):
         from fusionpasses.patterns._pass import verdicts
 
         report.sites = verdicts(passes)
+        report.messages += who_runs.settle(graph, report.sites, self._config.provider)
         report.messages += remarks.of_graph(graph)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
@@ -240,21 +240,6 @@ def compose(user: Any, pipeline: Pipeline) -> tuple[CustomGraphPass, str]:
         f"Inductor's compile caches are off, because {', '.join(unhashed)} at post_grad_custom_pre_pass is not a "
         "torch._inductor.custom_graph_pass.CustomGraphPass with a uuid(); make it one to compile faster next time"
     )
-
-
-def pin_providers(graph: fx.Graph) -> None:
-    """Write into every call of one of our ops who runs it, so that dumps and cache keys show it.
-
-    For the ops of the model, that is; those that a pass inserts are told when they are made.
-    """
-    for node in graph.nodes:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "fusionpasses":
-            if node.kwargs.get("provider", "auto") == "auto":
-                value = tensor_of(node.all_input_nodes[0])
-                if value is not None:
-                    name = f"{target._opname}.{target._overloadname}"
-                    node.update_kwarg("provider", providers.select(name, value.device.type))
 
 
 def readable(module: fx.GraphModule) -> str:

@@ -7,7 +7,6 @@ driver does not tell, initialises no device. Its verdict can be printed, and is 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -16,19 +15,8 @@ import re
 from collections.abc import Callable
 from typing import ParamSpec
 
-from fusionpasses import _aiter_files
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Answer of a probe; truthy when ``ok``. ``why`` says what was found, or what is missing."""
-
-    ok: bool
-    why: str
-
-    def __bool__(self) -> bool:
-        return self.ok
-
+from fusionpasses import _aiter_files, _aiter_numerics
+from fusionpasses._verdict import Verdict as Verdict
 
 _P = ParamSpec("_P")
 _kept: list[dict[object, Verdict]] = []
@@ -277,38 +265,43 @@ def probe_aiter_kernel(function: str) -> Verdict:
     return probe_aiter_capability(function) if gpu else gpu
 
 
-def _kernel(*functions: str) -> Verdict:
-    """Can this package run an op on the GPU of this machine? By Triton; AITER's functions are told of, not used yet."""
+def _kernel(op: str) -> Verdict:
+    """Can a GPU of this machine run ``op`` by a kernel, in the default configuration?
+
+    By Triton, or by a kernel of AITER's that is exact. Those are Triton's, too, and calls that AITER must not run go to
+    our own: so without Triton there is neither.
+    """
     gpu = probe_gpu()
     if not gpu:
         return Verdict(False, f"no GPU kernel can run: {gpu.why}; the reference (plain torch) runs everywhere")
     triton = probe_triton()
-    found = {function: probe_aiter_kernel(function) for function in functions}
-    aiter = "".join(
-        f"; AITER's {name}, which no provider uses yet: {answer.why}" for name, answer in found.items() if answer
-    )
-    return Verdict(triton.ok, f"Triton: {triton.why}{aiter}; on {gpu.why}")
+    found = [f"Triton: {triton.why}" if triton else f"Triton: {triton.why}, and AITER's kernels need it, too"]
+    here = probe_aiter_kernel(_aiter_numerics.CAPABILITY[op])
+    if here:
+        exact = _aiter_numerics.serves(op)
+        found.append(f"AITER: {here.why}; {exact.why}" + ("" if exact else "; so Triton's kernel runs"))
+    return Verdict(triton.ok, f"{'; '.join(found)}; on {gpu.why}")
 
 
 @_probe
 def has_dynamic_mxfp4_quant() -> Verdict:
     """Can a GPU kernel run the MXFP4 quant here, and whose, or why not?"""
-    return _kernel("dynamic_mxfp4_quant")
+    return _kernel("dynamic_mxfp4_quant.default")
 
 
 @_probe
 def has_fused_rmsnorm_mxfp4_quant() -> Verdict:
     """Can a GPU kernel run RMSNorm + MXFP4 quant here, and whose, or why not?"""
-    return _kernel("fused_rms_mxfp4_quant")
+    return _kernel("rmsnorm_mxfp4_quant.default")
 
 
 @_probe
 def has_fused_rope_mla_kv_cache() -> Verdict:
     """Can a GPU kernel run RoPE + the write to the MLA cache here, and whose, or why not?"""
-    return _kernel("fused_qk_rope_cat_and_cache_mla", "fused_qk_rope_concat_and_cache_mla")
+    return _kernel("fused_rope_mla_kv_cache.absorbed")
 
 
 @_probe
 def has_mxfp4_gemm() -> Verdict:
     """Can a GPU kernel run the product with an MXFP4 weight here, and whose, or why not?"""
-    return _kernel("gemm_afp4wfp4", "gemm_afp4wfp4_preshuffle", "gemm_afp4wfp4_preshuffled_scales")
+    return _kernel("mxfp4_gemm.default")

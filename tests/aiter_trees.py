@@ -5,6 +5,8 @@ import sys
 
 import torch._dynamo.config
 
+from fusionpasses import _aiter_files
+
 RMS = "x1, x1_weight, x1_epsilon, x2=None, x2_weight=None, x2_epsilon=0.0, res1=None, shuffle=False"
 ROPE = (
     "q_nope, q_pe, k_nope, k_pe, kv_cache, slot_mapping, pos, cos, sin, k_scale, is_neox, num_decode_toks_for_zeros=0, "
@@ -74,6 +76,14 @@ OLD = {
     + function("gemm_afp4wfp4_preshuffled_scales", GEMM),
 }
 
+NEW["ops/triton/_triton_kernels/quant/quant.py"] = function("_mxfp4_quant_op", "x", "'to even'")
+OLD["ops/triton/_triton_kernels/quant.py"] = function("_mxfp4_quant_op", "x", "-x")
+#: What these round by, in the place of what AITER does.
+ROUNDINGS = {
+    _aiter_files.digest(NEW["ops/triton/_triton_kernels/quant/quant.py"], "_mxfp4_quant_op"): "new",
+    _aiter_files.digest(OLD["ops/triton/_triton_kernels/quant.py"], "_mxfp4_quant_op"): "old",
+}
+
 #: The modules of aiter 0.13.20191203, the only release on the index of a library for async iterators.
 ITERATORS = (
     "active_aiter",
@@ -105,6 +115,8 @@ WRONG = {
 DEBRIS = """
 import logging, pathlib, sys, types
 import torch._dynamo.config
+
+from fusionpasses import _aiter_files
 here = pathlib.Path(__file__).parent
 sys.path.insert(0, str(here / "jit" / "utils"))
 import build_targets

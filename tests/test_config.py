@@ -25,10 +25,17 @@ def refused(call: Callable[[], object]) -> str:
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "provider, misspelt": (
         {"provider": "trition"},
-        "provider: got 'trition', allowed 'auto', 'triton', 'reference' (did you mean 'triton'?)",
+        "provider: got 'trition', allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference' "
+        "(did you mean 'triton'?)",
     ),
-    "provider, unheard of": ({"provider": "cuda"}, "provider: got 'cuda', allowed 'auto', 'triton', 'reference'"),
-    "provider of another type": ({"provider": None}, "provider: got None, allowed 'auto', 'triton', 'reference'"),
+    "provider, unheard of": (
+        {"provider": "cuda"},
+        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference'",
+    ),
+    "provider of another type": (
+        {"provider": None},
+        "provider: got None, allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference'",
+    ),
     "pass, misspelt": (
         {"passes": ["rmsnorm_mxfp4"]},
         "passes: got 'rmsnorm_mxfp4', allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', "
@@ -70,7 +77,7 @@ def test_good_settings_are_kept_in_one_form():
         assert config.passes == (name,)
         assert hash(config) == hash(fp.FusionConfig(passes=(name,)))
     assert fp.FusionConfig(passes=[]).passes == ()
-    for provider in ("auto", "triton", "reference"):
+    for provider in ("auto", "aiter", "aiter_finite", "triton", "reference"):
         assert fp.fusion_backend(provider=provider).config.provider == provider
 
 

@@ -11,8 +11,9 @@ import torch
 from aiter_trees import NEW, WRONG, changes, state, write
 
 import fusionpasses
-from fusionpasses import doctor, probes, providers
+from fusionpasses import _aiter_files, doctor, probes, providers
 from fusionpasses.__main__ import main
+from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.kernels import arch
 from fusionpasses.ops import OPS
 from fusionpasses.probes import Verdict
@@ -101,7 +102,7 @@ def test_with_a_gpu(gpu, capsys):
     assert "device cuda:0: NVIDIA H200, sm_90, 132 multiprocessors" in out
     assert "sm_90 has no FP4 arithmetic" in out
     rows = [line.split() for line in out.splitlines() if line.strip().startswith("mxfp4_gemm.default")]
-    assert rows == [["mxfp4_gemm.default", "*", "yes"]]
+    assert rows == [["mxfp4_gemm.default", "-", "*", "yes", "-"]]
     code, found = examined(capsys)
     assert {row["choice"] for row in found["ops"].values()} == {"triton"}
     assert found["devices"] == [{"index": 0, "name": "NVIDIA H200", "arch": "sm_90", "processors": 132}]
@@ -176,7 +177,7 @@ def test_another_provider_needs_no_change_here(gpu, capsys, monkeypatch):
     monkeypatch.setattr(providers, "_IMPLEMENTS", {**providers._IMPLEMENTS, "other": frozenset({op})})
     code, out = run(capsys)
     assert code == 0
-    assert [line.split() for line in out.splitlines() if line.strip().startswith(op)] == [[op, "*", "yes", "yes"]]
+    assert [line.split() for line in out.splitlines() if line.strip().startswith(op)] == [[op, "*", "yes", "yes", "-"]]
     _, found = examined(capsys, "--provider", "other")
     assert found["ops"][op]["choice"] == "other"
     assert found["ops"]["mxfp4_gemm.default"]["choice"] is None
@@ -197,6 +198,63 @@ def test_the_wrong_package_is_called_out(no_gpu, capsys, tmp_path, monkeypatch, 
     assert (f"AITER at {root}, amd-aiter" in out) == (not wrong)
     assert run(capsys) == (code, out)
     assert changes(before) == []
+
+
+def test_aiter_that_is_asked_for_and_missing_is_a_problem(no_gpu, capsys):
+    for name in ("aiter", "aiter_finite"):
+        code, found = examined(capsys, "--provider", name)
+        assert code == 1
+        (problem,) = found["problems"]
+        assert problem.startswith(f"provider {name!r} was asked for and can run nothing here: ")
+        assert all(reason in problem for reason in ("GPU tensors", probes.probe_hip_architecture().why))
+        assert probes.probe_aiter() or probes.probe_aiter().why in problem
+        # What no installation would help against is said of each kernel, not here.
+        assert "admits it" not in problem
+
+
+def test_what_numerics_rule_out_is_said_with_the_switch(no_gpu, capsys):
+    """For every op: each function of AITER's that comes near it, in JSON and as text."""
+    _, found = examined(capsys)
+    _, out = run(capsys)
+    for op, row in found["ops"].items():
+        assert row["aiter"], op
+        for each in row["aiter"]:
+            assert set(each) == {"function", "release", "ruled_out", "by_call", "switch", "why"}
+            assert each["function"] is None or each["function"] in _aiter_files.CAPABILITIES
+            assert " admit" in each["switch"]
+            for dimension in (*each["ruled_out"], *each["by_call"]):
+                assert dimension in out
+    quant = {each["release"]: each for each in found["ops"]["dynamic_mxfp4_quant.default"]["aiter"]}
+    assert set(quant) == {"new", "old"}
+    assert [text.partition(":")[0] for text in quant["new"]["ruled_out"]] == ["non finite"]
+    assert quant["new"]["switch"].startswith("provider='aiter_finite' admits it, if nothing quantised")
+    assert [text.partition(":")[0] for text in quant["old"]["ruled_out"]] == ["ties", "non finite"]
+    assert quant["old"]["switch"].startswith("no setting admits it")
+    absorbed = {each["function"]: each for each in found["ops"]["fused_rope_mla_kv_cache.absorbed"]["aiter"]}
+    assert absorbed["fused_qk_rope_cat_and_cache_mla"]["ruled_out"] == []
+    hip = absorbed["fused_qk_rope_concat_and_cache_mla"]
+    assert [text.partition(":")[0] for text in hip["ruled_out"]] == ["rounding", "cache scaling"]
+    gemm = [each["function"] for each in found["ops"]["mxfp4_gemm.default"]["aiter"]]
+    assert gemm == ["gemm_afp4wfp4", "gemm_afp4wfp4_preshuffle", "gemm_afp4wfp4_preshuffled_scales"]
+    # The sentence that errors and the report have.
+    why = quant["new"]["why"]
+    assert found["ops"]["dynamic_mxfp4_quant.default"]["providers"]["aiter"]["why"] == why
+    with pytest.raises(ProviderUnavailable) as raised:
+        providers.select("dynamic_mxfp4_quant.default", "cpu", "aiter")
+    assert why in str(raised.value)
+
+
+def test_an_aiter_that_is_here_is_chosen_where_it_is_exact(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(providers, "probe_aiter_kernel", lambda function: Verdict(True, "AITER at a place"))
+    monkeypatch.setattr(providers, "_imports", lambda provider, op: Verdict(True, ""))
+    code, found = examined(capsys)
+    assert code == 0
+    chosen = {op for op, row in found["ops"].items() if row["choice"] == "aiter"}
+    assert chosen == {"concat_and_cache_mla.default", "fused_rope_mla_kv_cache.absorbed"}
+    code, found = examined(capsys, "--provider", "aiter_finite")
+    assert (code, found["problems"]) == (0, [])
+    assert found["ops"]["dynamic_mxfp4_quant.default"]["choice"] == "aiter_finite"
+    assert "AITER writes the query" in found["ops"]["fused_rope_mla_kv_cache.default"]["error"]
 
 
 def test_help_says_what_the_exit_code_means(capsys):

@@ -234,7 +234,7 @@ REFUSED = {
     ),
     "provider": (
         lambda: ours.dynamic_mxfp4_quant(X, provider="cuda"),
-        "provider: got 'cuda', allowed 'auto', 'triton'",
+        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'triton'",
     ),
     "provider that cannot": (lambda: ours.dynamic_mxfp4_quant(X, provider="triton"), "serves GPU tensors"),
     "gradient": (lambda: ours.dynamic_mxfp4_quant(X.clone().requires_grad_()), "has no gradient"),

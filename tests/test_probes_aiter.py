@@ -5,14 +5,17 @@ import importlib.util
 import inspect
 import logging
 import re
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
 import torch._dynamo.config
-from aiter_trees import BROKEN, GEMM, LIVING, NEW, OLD, RMS, ROPE, WRONG, changes, function, state, write
+from aiter_trees import BROKEN, GEMM, LIVING, NEW, OLD, RMS, ROPE, ROUNDINGS, WRONG, changes, function, state, write
+from helpers import Projection, tokens
 
+import fusionpasses as fp
 from fusionpasses import _aiter_files, probes
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.probes import Verdict
@@ -56,6 +59,8 @@ def _as_before():
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """``tree(files)`` puts a package named aiter on the path."""
+
+    monkeypatch.setattr(_aiter_files, "ROUNDINGS", {**_aiter_files.ROUNDINGS, **ROUNDINGS})
 
     def put(files, name="site"):
         root = write(tmp_path / name, files)
@@ -111,6 +116,34 @@ def test_the_wrong_aiter(tree):
         with pytest.raises(ProviderUnavailable, match=rf"AITER's {f} was asked for and is not here: `aiter` at "):
             _aiter_import.load(f)
     assert changes(before) == []
+
+
+@pytest.mark.slow
+def test_the_package_of_that_name_on_the_index(tmp_path, monkeypatch):
+    """The real one, in a folder of its own."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "0", "--timeout", "10"]
+    done = subprocess.run(
+        [*install, "--target", str(tmp_path), "aiter==0.13.20191203"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"pip cannot install it: {done.stderr[-200:]}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = state()
+    everything()
+    answer = probes.probe_aiter()
+    assert not answer
+    assert answer.why.startswith(f"`aiter` at {tmp_path / 'aiter'} is not AMD's AITER: it has no folder ops/; PyPI's")
+    assert probes.probe_wrong_aiter()
+    backend = fp.fusion_backend(provider="aiter")
+    with (
+        torch.no_grad(),
+        pytest.raises(ProviderUnavailable, match=r"`pip uninstall aiter`, then `pip install amd-aite"),
+    ):
+        torch.compile(Projection(), backend=backend)(tokens())
+    assert [each for each in changes(before) if each not in ("modules", "loggers", "dynamo")] == []
+    assert "aiter" not in sys.modules
+    # What it is can be imported all the same.
+    assert importlib.import_module("aiter").__file__ == str(tmp_path / "aiter" / "__init__.py")
 
 
 def test_both_packages_in_one_folder(tree):
@@ -243,30 +276,32 @@ def test_aiter_on_its_gpus(tree, amd_gpu):
     amd_gpu(90500)
     assert all(probes.probe_aiter_kernel(f) for f in FUNCTIONS)
     for probe in PUBLIC:
-        assert re.match(
-            r"Triton: triton .*; AITER's \w+, which no provider uses yet: .* \(new layout\).*; on HIP 7.0.1, 1 device",
-            probe().why,
-        )
+        assert re.match(r"Triton: triton .*; AITER: .* \(new layout\); .*; on HIP 7.0.1, 1 device", probe().why)
         assert probe()
-    assert str(root / "ops/cache.py") in probes.has_fused_rope_mla_kv_cache().why
+    rope = "AITER: {}/ops/triton/fusions/fused_kv_cache.py (new layout); fused_qk_rope_cat_and_cache_mla is exact, for"
+    assert rope.format(root) in probes.has_fused_rope_mla_kv_cache().why
+    # What an exact configuration rules out is told, with the setting that admits it, and does not count.
+    for probe in PUBLIC:
+        ruled_out = "provider='aiter_finite' admits it" in probe().why and "so Triton's kernel runs" in probe().why
+        assert ruled_out == (probe is not probes.has_fused_rope_mla_kv_cache)
 
 
-def test_aiter_alone_is_not_enough_while_no_provider_uses_it(tree, amd_gpu, monkeypatch):
+def test_aiter_without_triton_runs_nothing(tree, amd_gpu, monkeypatch):
     monkeypatch.setattr(probes, "probe_triton", lambda: Verdict(False, "triton is not installed"))
     amd_gpu(90402)
     assert probes.has_dynamic_mxfp4_quant() == Verdict(
-        False, "Triton: triton is not installed; on HIP 7.0.1, 1 device(s)"
+        False, "Triton: triton is not installed, and AITER's kernels need it, too; on HIP 7.0.1, 1 device(s)"
     )
     tree(NEW)
     probes.reset()
-    answer = probes.has_dynamic_mxfp4_quant()
+    answer = probes.has_fused_rope_mla_kv_cache()
     assert not answer
-    assert "AITER's dynamic_mxfp4_quant, which no provider uses yet: " in answer.why
+    assert "fused_qk_rope_cat_and_cache_mla is exact" in answer.why
     # AITER's products need FP4 arithmetic, and this GPU has none.
     assert probes.probe_aiter_kernel("gemm_afp4wfp4") == Verdict(
         False, "the GPU is gfx942; AITER serves gfx950, gfx1250"
     )
-    assert "AITER" not in probes.has_mxfp4_gemm().why
+    assert "AITER: " not in probes.has_mxfp4_gemm().why
 
 
 def test_without_rocm_aiter_runs_nothing(tree):
@@ -515,6 +550,46 @@ def test_a_module_that_is_not_the_file_that_was_found(tree, monkeypatch):
         ProviderUnavailable, match=r"aiter\.ops\.triton\.activation was loaded from .*elsewhere\.py, and"
     ):
         _aiter_import.load("act_mul_and_mxfp4_quant")
+
+
+@pytest.mark.parametrize("name", _aiter_files.QUANTISING)
+def test_how_codes_are_rounded_decides_the_release_too(tree, name):
+    """amd-aiter 0.1.7 has today's signature of one of these, and rounds ties away from zero."""
+    file = "ops/triton/_triton_kernels/quant/quant.py"
+    root = tree({**NEW, file: OLD["ops/triton/_triton_kernels/quant.py"]})
+    assert _aiter_import.load(name)[1] == "old"
+    _aiter_import.reset()
+    # Comments and layout are no code.
+    (root / file).write_text(NEW[file].replace("return", '"""Docs."""\n    # why\n    return'))
+    assert _aiter_import.load(name)[1] == "new"
+    for text in (function("_mxfp4_quant_op", "x", "x + 1"), "", None):
+        _aiter_import.reset()
+        if text is None:
+            (root / file).unlink()
+        else:
+            (root / file).write_text(text)
+        with pytest.raises(
+            ProviderUnavailable, match=rf"AITER's {name} rounds by code that no known release had: got "
+        ):
+            _aiter_import.load(name)
+        # What quantises nothing does not mind.
+        assert _aiter_import.load("gemm_afp4wfp4")[1] == "new"
+
+
+def test_the_digest_is_of_code_alone():
+    code = "@jit\ndef f(x):\n    y = x + 1\n    return g(y, 'even')\n"
+    digest = _aiter_files.digest(code, "f")
+    alike = (
+        code.replace("@jit\n", "import a\n\n\n@jit\n"),
+        code.replace("    y", '    """What it does,\n\n    and why."""\n    y'),
+        code.replace("+ 1", "+ 1  # one"),
+        code.replace("g(y, 'even')", "g(\n        y, 'even'\n    )"),
+    )
+    assert {_aiter_files.digest(text, "f") for text in alike} == {digest}
+    changes = (("+", "-"), ("1", "2"), ("g(", "h("), ("'even'", "'odd'"), ("return g(y, 'even')", "return y"))
+    others = {_aiter_files.digest(code.replace(old, new), "f") for old, new in changes}
+    assert len(others - {digest, ""}) == len(changes)
+    assert _aiter_files.digest(code, "g") == ""
 
 
 def test_every_capability_has_forms():

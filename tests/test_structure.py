@@ -16,12 +16,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 #: What each layer may import of the package, at any level of a file.
 ALLOWED = {
     "errors": set(),
+    "_verdict": set(),
     "_aiter_files": set(),
-    "probes": {"_aiter_files"},
+    "_aiter_numerics": {"_verdict"},
+    "probes": {"_aiter_files", "_aiter_numerics", "_verdict"},
     "report": {"errors"},
     "config": {"errors", "patterns"},
     "kernels": set(),
-    "providers": {"_aiter_files", "errors", "config", "probes", "kernels", "ops"},
+    "providers": {"_aiter_files", "_aiter_numerics", "errors", "config", "probes", "kernels", "ops"},
     "ops": {"errors", "providers"},
     "anchors": {"errors", "config", "ops"},
     "nn": {"errors", "ops"},
@@ -29,11 +31,23 @@ ALLOWED = {
     "dynamo_floats": {"anchors"},
     "dump": {"errors", "patterns", "pipeline", "probes", "providers", "report"},
     "remarks": {"kernels", "patterns", "probes"},
-    "pipeline": {"anchors", "config", "dump", "errors", "patterns", "probes", "providers", "remarks", "report"},
+    "who_runs": {"patterns", "providers", "remarks", "report"},
+    "pipeline": {
+        "anchors",
+        "config",
+        "dump",
+        "errors",
+        "patterns",
+        "probes",
+        "providers",
+        "remarks",
+        "report",
+        "who_runs",
+    },
     "records": {"report"},
     "backend": {"anchors", "config", "dump", "dynamo_floats", "errors", "pipeline", "records", "report"},
     "bench": {"errors", "ops", "probes", "providers"},
-    "doctor": {"_aiter_files", "errors", "kernels", "ops", "probes", "providers"},
+    "doctor": {"_aiter_files", "_aiter_numerics", "errors", "kernels", "ops", "probes", "providers"},
     "__main__": {"bench", "doctor", "errors"},
     "testing": {"anchors", "backend", "config", "dynamo_floats", "errors", "ops", "pipeline", "report"},
 }
@@ -79,6 +93,13 @@ def test_optional_packages_are_imported_where_they_are_used(path):
             assert not top_level
         if top_level:
             assert not name.startswith("torch._inductor") or layer(path) in ("patterns", "pipeline")
+
+
+def test_aiter_is_imported_in_one_place():
+    """What importing it leaves behind is put right there."""
+    for path in SOURCES:
+        for name, _ in imports(path):
+            assert name.split(".")[0] != "aiter" or path.name == "_aiter_import.py", f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

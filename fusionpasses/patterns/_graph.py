@@ -15,6 +15,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 PROVENANCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "custom")
 
 
+#: Where a pass leaves, in a node's ``meta``, the site that the node was made for, until ``who_runs.settle``.
+SITE = "fusionpasses_site"
+
+
 def tensor_of(node: object) -> torch.Tensor | None:
     """The fake tensor a node stands for, or None when it is not a node or not a tensor."""
     if not isinstance(node, fx.Node):

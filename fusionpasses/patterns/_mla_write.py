@@ -213,6 +213,16 @@ def _part_by_place(node: fx.Node, name: str, number: int, rows: fx.Node, slots: 
     return CacheWrite(bases[at], after, part, rows, (slots,), False, [node, after], place=place)
 
 
+def part_of(node: fx.Node, name: str) -> torch.Tensor | None:
+    """What a wrapper hands to its op as the argument ``name``, which the op writes to; None if nothing is known."""
+    if node.target is not auto_functionalized_v2:
+        return tensor_of(node.kwargs.get(name))
+    bases: Any = node.kwargs["_all_bases"]
+    at: Any = node.kwargs.get(f"_{name}_base_index")
+    place = {key: value for key, value in node.kwargs.items() if key.startswith(f"_{name}_")}
+    return None if at is None else _part(bases[at], name, place)
+
+
 def _part(base: fx.Node, name: str, place: dict[str, Any]) -> torch.Tensor | None:
     whole = tensor_of(base)
     mode = detect_fake_mode(whole)

@@ -36,7 +36,7 @@ from fusionpasses.anchors import CONCAT_AND_CACHE_MLA, Anchor, CacheWriteAnchor
 from fusionpasses.config import FusionConfig
 from fusionpasses.patterns import _absorbed, _mla_write, _rope
 from fusionpasses.patterns._cache_write import VIEWS, CacheWrite
-from fusionpasses.patterns._graph import erase_dead, tensor_of
+from fusionpasses.patterns._graph import SITE, erase_dead, tensor_of
 from fusionpasses.patterns._mla_guards import GUARDS, Candidate, look_around
 from fusionpasses.patterns._mla_write import WRAPPERS, WRITE_GUARDS, Write, same_place
 from fusionpasses.patterns._pass import FusionPass, Judgement, first_failure
@@ -215,6 +215,7 @@ class RopeMlaKvCache(FusionPass):
                 kwargs["_pe_cache_base_index"] = None
             kwargs["_all_bases"] = bases
             fused = edit.fused(op, kwargs, after)
+            fused.meta[SITE] = site
             returned = len(op._schema.returns)
             if c.absorbed is None:
                 new_q = edit.unordered(edit.getitem(fused, 0), q_rope.x, order)

@@ -24,6 +24,7 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _rms_norm
 from fusionpasses.patterns._graph import (
+    SITE,
     call,
     depends_on,
     erase_dead,
@@ -237,6 +238,7 @@ class RmsNormMxfp4Quant(QuantPass):
                 provenance=norm.root,
                 value=tuple(values.values()) if direct else None,
             )
+            fused.meta[SITE] = site
             out = {
                 result: call(graph, operator.getitem, (fused, i), {}, provenance=norm.root, value=fused.meta["val"][i])
                 for i, result in enumerate(values)

@@ -22,7 +22,7 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _gated_activation
 from fusionpasses.patterns._gated_activation import Gated
-from fusionpasses.patterns._graph import call, erase_dead, is_contiguous, tensor_of
+from fusionpasses.patterns._graph import SITE, call, erase_dead, is_contiguous, tensor_of
 from fusionpasses.patterns._pass import Guard, Judgement, first_failure
 from fusionpasses.patterns._quant import (
     ANCHOR_GUARDS,
@@ -123,6 +123,7 @@ class SiluMulMxfp4Quant(QuantPass):
         results = ("codes", "scales", *(["act"] if c.other_readers else []))
         with graph.inserting_before(gated.root):
             fused = call(graph, op, (gated.gate, gated.up), kwargs, provenance=gated.root)
+            fused.meta[SITE] = site
             out = {
                 result: call(graph, operator.getitem, (fused, i), {}, provenance=gated.root, value=fused.meta["val"][i])
                 for i, result in enumerate(results)

@@ -17,7 +17,8 @@ Modules of *other* packages that were loaded on the way are taken out, too, if n
 compiled modules. Else all of them stay, whole as they are. A second import of numpy in one process raises ImportError,
 and one of Triton aborts the process (3.9: nanobind refuses to register its types twice): worse than any debris.
 
-A signature decides how a function is called and what it returns; releases carry no other flag.
+A signature decides how a function is called and what it returns; releases carry no other flag. How codes are rounded is
+told by no signature either: the code that does it is compared with what is known (``_aiter_files.ROUNDINGS``).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def _load(capability: str) -> tuple[Callable[..., Any], str]:
     _import("aiter", _AITER)
     module = _import(_aiter_files.module_name(root, file), capability)
     try:
-        return _checked(module, file, layout, capability)
+        return _checked(module, root, file, layout, capability)
     except ProviderUnavailable as error:
         _failed[capability] = str(error)
         raise
@@ -168,7 +169,9 @@ def _import(name: str, key: str) -> ModuleType:
         raise ProviderUnavailable(_failed[key]) from error
 
 
-def _checked(module: ModuleType, file: pathlib.Path, layout: str, name: str) -> tuple[Callable[..., Any], str]:
+def _checked(
+    module: ModuleType, root: pathlib.Path, file: pathlib.Path, layout: str, name: str
+) -> tuple[Callable[..., Any], str]:
     """The function of a module and its release, if all of it is as known."""
     got = getattr(module, "__file__", None)
     if got is None or pathlib.Path(got).resolve() != file.resolve():
@@ -184,12 +187,28 @@ def _checked(module: ModuleType, file: pathlib.Path, layout: str, name: str) -> 
     optional = all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
     for form in FORMS[name]:
         if names == form.parameters and optional and form.guarded in (None, guarded):
-            return function, form.release or layout
+            return function, _rounding_release(root, name, form.release or layout)
     raise ProviderUnavailable(
         f"AITER's {name} has a signature that no known release had: got ({', '.join(map(str, parameters.values()))}) "
         f"in {file}, allowed {' or '.join('(' + form.parameters.replace(' ', ', ') + ')' for form in FORMS[name])}; "
         f"what it returns may have changed, too, so it is not called. Use provider='auto' or 'triton'"
     )
+
+
+def _rounding_release(root: pathlib.Path, name: str, release: str) -> str:
+    """The release of a function: of one that quantises, "new" only if its code is known to round as new ones do.
+
+    Releases with the signatures of new ones rounded as old ones do (0.1.7).
+    """
+    if name not in _aiter_files.QUANTISING:
+        return release
+    rounding, where = _aiter_files.rounding(root)
+    if rounding is None:
+        raise ProviderUnavailable(
+            f"AITER's {name} rounds by code that no known release had: got {where}, allowed that of ROCm/aiter e404860 "
+            "(2026-08-22) or amd-aiter 0.1.7; use provider='auto' or 'triton'"
+        )
+    return release if rounding == "new" else rounding
 
 
 def declared(

@@ -1,0 +1,360 @@
+"""Calls of our ops that AITER serves, run by our adapters and compared with the references, byte by byte.
+
+The same calls in the interpreter and on an NVIDIA GPU (``aiter_check.py``), and on AMD GPUs (``pytest -m rocm``).
+A group yields the calls of one kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusionpasses import _aiter_numerics
+from fusionpasses.ops import _mxfp4
+from fusionpasses.ops._op import OPS
+from fusionpasses.providers import _aiter_import, _aiter_rules, aiter
+
+#: Relative error of a norm's or an activation's float32 value that providers are allowed here.
+TOLERANCE = 3e-6
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "aiter"
+
+Case = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+class Machine(NamedTuple):
+    """What runs AITER's kernels, as far as it decides which calls can be compared.
+
+    Attributes:
+        device: of the tensors.
+        lift: a power of two that what is quantised is multiplied by. Compiled for NVIDIA, AITER's kernels turn scale
+            bytes below 127 into 127 (a negative float goes to uint8 through zero); lifted, no block has one.
+        zeros: does this Triton compile ``-x`` as a negation? Else pairs of zeros are left out of rotations.
+        rounds: is every product of a rotation rounded, as code for AMD's GPUs does? Else an FMA may take one in, and
+            rotations are compared within a bound.
+    """
+
+    device: str
+    lift: float = 1.0
+    zeros: bool = True
+    rounds: bool = True
+
+
+def quant(machine: Machine) -> Iterator[Case]:
+    device, low, high = machine.device, *((-9, 9) if machine.lift == 1 else (4, 12))
+    for dtype in _mxfp4.INPUT_DTYPES:
+        for shape in ((1, 32), (5, 64), (33, 96), (40, 1184), (2, 3, 64), (64,)):
+            x = torch.randn(shape, device=device).to(dtype)
+            scales = torch.logspace(low, high, shape[-1], 2.0, device=device).to(dtype)
+            yield "dynamic_mxfp4_quant.default", (x * scales,), {}
+    yield "dynamic_mxfp4_quant.default", ((torch.randn(64, 7, device=device) * machine.lift).T,), {}
+    yield "dynamic_mxfp4_quant.default", ((torch.randn(9, 128, device=device) * machine.lift)[::2, 32:96],), {}
+
+
+def rms(machine: Machine) -> Iterator[Case]:
+    device = machine.device
+    for dtype in _mxfp4.INPUT_DTYPES:
+        for n in (32, 96, 512):
+            wide = torch.randn(7, 2 * n, device=device).to(dtype)
+            x = wide[:, :n]
+            weights = torch.randn(2, n, device=device) * machine.lift
+            for weight in (weights[0], weights[1].to(dtype)):
+                exact = {"cast_order": "scale_cast", "norm_dtype": torch.float32}
+                yield "rmsnorm_mxfp4_quant.default", (x, weight, 1e-5), exact
+    for n in (64, 224):
+        x, weight = torch.randn(2, 3, n, device=device), torch.randn(n, device=device) * machine.lift
+        for cast_order in ("cast_scale", "scale_cast"):
+            order = {"cast_order": cast_order}
+            yield "rmsnorm_mxfp4_quant.default", (x, weight, 1e-6), order
+            yield "rmsnorm_mxfp4_quant.with_norm", (x, weight, 1e-6), order
+            yield "rmsnorm_add_mxfp4_quant.default", (x, torch.randn_like(x), weight, 1e-6), order
+            yield "rmsnorm_add_mxfp4_quant.with_norm", (x, torch.randn_like(x), weight, 1e-6), order
+
+
+def act(machine: Machine) -> Iterator[Case]:
+    device = machine.device
+
+    def halves(*shape: int) -> Tensor:
+        both = torch.randn(shape, device=device) * 3
+        both[..., shape[-1] // 2 :] *= machine.lift
+        return both
+
+    for dtype in _mxfp4.INPUT_DTYPES:
+        for rows, n in ((1, 32), (5, 96), (40, 288)):
+            gate, up = halves(rows, 2 * n).to(dtype).chunk(2, -1)
+            exact = {"cast_order": "mul_cast", "act_dtype": torch.float32}
+            yield "silu_mul_mxfp4_quant.default", (gate, up), exact
+    gate, up = halves(2, 3, 128).chunk(2, -1)
+    yield "silu_mul_mxfp4_quant.default", (gate, up), {"cast_order": "cast_mul"}
+
+
+def rope(machine: Machine) -> Iterator[Case]:
+    device, heads, latent, width, tokens = machine.device, 3, 32, 16, 5
+    bf16 = torch.bfloat16
+    slots = torch.tensor([7, -1, 0, 11, 3], device=device)
+    for style in ("neox", "interleaved"):
+        for positions in (None, torch.tensor([4, 0, -8, 8, -1], device=device).int()):
+            for entries in (width // 2, width):
+                for paged in (False, True):
+                    q = torch.randn(tokens, heads, latent + width, device=device, dtype=bf16)
+                    joint = torch.randn(tokens, latent + width, device=device, dtype=bf16)
+                    if machine.zeros:
+                        joint[1] = 0  # what padding looks like; the sign of a turned zero is part of the contract
+                        joint[3], q[3] = 0, 0
+                    angle = torch.rand(tokens if positions is None else 9, entries, device=device) * 6
+                    stacked = torch.randn(2, 3, 4, latent + width, device=device).to(bf16)
+                    cache = stacked[1] if paged else torch.randn(12, 3, latent + width, device=device).to(bf16)[:, 1]
+                    k_pe = joint[:, latent:].unsqueeze(1) if paged else joint[:, latent:]
+                    yield (
+                        "fused_rope_mla_kv_cache.absorbed",
+                        (
+                            q[..., :latent],
+                            q[..., latent:],
+                            k_pe,
+                            joint[:, :latent],
+                            cache,
+                            angle.cos().to(bf16),
+                            angle.sin().to(bf16),
+                            slots.int() if paged else slots,
+                        ),
+                        {"style": style, "negative_slots": "skip", "positions": positions},
+                    )
+
+
+def concat(machine: Machine) -> Iterator[Case]:
+    device = machine.device
+    slots = torch.tensor([7, -1, 0, 11, 3], device=device)
+    joint = torch.randn(5, 48, device=device, dtype=torch.bfloat16)
+    joint[0, :4] = torch.tensor([0.0, -0.0, float("inf"), 1e-40])
+    for cache in (torch.randn(12, 48, device=device), torch.randn(2, 3, 4, 48, device=device)[1]):
+        yield "concat_and_cache_mla.default", (joint[:, :32], joint[:, 32:], cache.bfloat16(), slots), {}
+
+
+def gemm(machine: Machine) -> Iterator[Case]:
+    device = machine.device
+    for tokens, n, k in ((1, 32, 256), (5, 40, 512), (40, 64, 768)):
+        x = _mxfp4.quantize(torch.randn(tokens, k, device=device), "even")
+        w = _mxfp4.quantize(torch.randn(n, k, device=device), "even")
+        for out_dtype in (torch.bfloat16, torch.float16):
+            yield "mxfp4_gemm.default", (*x, *w), {"out_dtype": out_dtype}
+
+
+GROUPS: dict[str, Callable[[Machine], Iterator[Case]]] = {
+    "quant": quant,
+    "rms": rms,
+    "act": act,
+    "rope": rope,
+    "concat": concat,
+    "gemm": gemm,
+}
+
+
+def refused(machine: Machine) -> Iterator[Case]:
+    """Calls that are refused because AITER gives other bytes, which it does."""
+    device = machine.device
+    x = torch.randn(64, 512, device=device)
+    weight = torch.randn(512, device=device) * machine.lift
+    for cast_order in ("cast_scale", "scale_cast"):
+        yield "rmsnorm_mxfp4_quant.default", (x.bfloat16(), weight.bfloat16(), 1e-6), {"cast_order": cast_order}
+    exact = {"cast_order": "scale_cast", "norm_dtype": torch.float32}
+    yield "rmsnorm_add_mxfp4_quant.default", (x.bfloat16(), x.flip(0).bfloat16(), weight, 1e-6), exact
+    both = torch.randn(64, 1024, device=device)
+    both[:, 512:] *= machine.lift
+    gate, up = both.bfloat16().chunk(2, -1)
+    for cast_order in ("cast_mul", "mul_cast"):
+        yield "silu_mul_mxfp4_quant.default", (gate, up), {"cast_order": cast_order}
+    for value in (float("inf"), float("nan"), 3.3e38):
+        odd = torch.ones(1, 32, device=device) * machine.lift
+        odd[0, 3] = value
+        yield "dynamic_mxfp4_quant.default", (odd,), {}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of the calls of a group.
+
+    Attributes:
+        cases: how many calls.
+        equal: calls all of whose bytes are the reference's.
+        within: other calls, within what the contract allows: every byte that one float32 number does not decide is
+            equal (or the sum, or the rotation, is within its bound).
+        refused: calls that the rules refuse, and for which AITER's bytes are other ones; of an old release, also those
+            of ops that are not exact there at all.
+        decided: least share of the bytes of a call that had to be equal, and were.
+        failures: what went wrong, as text.
+    """
+
+    cases: int = 0
+    equal: int = 0
+    within: int = 0
+    refused: int = 0
+    decided: float = 1.0
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+
+def run(group: str, machine: Machine) -> Tally:
+    """Every call of a group ("refused" and "golden" are groups, too); one that fails does not keep others from it."""
+    torch.manual_seed(0)
+    tally = Tally()
+    one = {"refused": _refused, "golden": _golden}.get(group, _accepted)
+    cases = {"refused": refused, "golden": golden}.get(group) or GROUPS[group]
+    for case in cases(machine):
+        tally.cases += 1
+        try:
+            one(case, machine, tally)
+        except Exception as error:
+            what = f"{case[0]} {tuple(case[1][0].shape)} {case[1][0].dtype} {case[2]}"
+            tally.failures.append(f"{what}: {type(error).__name__}: {str(error)[:600]}")
+    return tally
+
+
+def _accepted(case: Case, machine: Machine, tally: Tally) -> None:
+    op, args, kwargs = case
+    OPS[op].check(*args, **kwargs)
+    answer = aiter.judge(op, aiter.bound(op, args, kwargs), finite=True)
+    if not answer and not _aiter_numerics.serves(op, _release(op), finite=True):
+        tally.refused += 1  # the whole op, of an old release
+        return
+    _must(bool(answer), f"refused: {answer.why}")
+    before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    got = aiter.FINITE_ADAPTERS[op](*args, **kwargs)
+    equal, decided = compare(op, got, args, before, kwargs, rounds=machine.rounds)
+    tally.equal += equal
+    tally.within += not equal
+    tally.decided = min(tally.decided, decided)
+
+
+def _release(op: str) -> str:
+    return _aiter_import.load(_aiter_numerics.CAPABILITY[op])[1]
+
+
+def _refused(case: Case, machine: Machine, tally: Tally) -> None:
+    op, args, kwargs = case
+    arguments = aiter.bound(op, args, kwargs)
+    if aiter.judge(op, arguments, finite=not op.startswith("dynamic")):
+        raise AssertionError("accepted")
+    function, release = _aiter_import.load(_aiter_numerics.CAPABILITY[op])
+    got, expected = aiter._RUN[op](function, release, arguments), OPS[op].reference(*args, **kwargs)
+    if all(map(same_bytes, got[:2], expected[:2])):
+        raise AssertionError("refused for nothing: AITER gives the same bytes")
+    tally.refused += 1
+
+
+def golden(machine: Machine) -> Iterator[Case]:
+    """The vectors of tests/golden/aiter that adapters can be asked for, each with the bytes expected of it."""
+    shift = int(np.log2(machine.lift))
+
+    def of(name: str) -> Any:
+        return np.load(GOLDEN / f"golden_aiter_{name}.npz")
+
+    def on(array: np.ndarray) -> Tensor:
+        return numbers(array).to(machine.device)
+
+    plain, edges, rms_plain = of("dynq_plain"), of("dynq_edges"), of("rms_plain")
+    always = torch.ones(1, dtype=torch.bool, device=machine.device)
+    x = on(plain["x_bf16"]) * machine.lift
+    expected = (on(plain["q"]), on(plain["scale"]) + shift, always, always)
+    yield "dynamic_mxfp4_quant.default", (x,), {"golden": expected}
+    # Lifted, the largest would overflow: those with scale bytes that need no lift.
+    exact = on(edges["hw_exact"]) & ((on(edges["scale"])[:, 0] >= 127) | (machine.lift == 1))
+    expected = (on(edges["q"])[exact], on(edges["scale"])[exact], always, always)
+    yield "dynamic_mxfp4_quant.default", (on(edges["x_bf16"])[exact],), {"golden": expected}
+    weight = on(rms_plain["w1_bf16"]) * machine.lift
+    masks = (on(rms_plain["safe_q_bytes"]), on(rms_plain["safe_scale"]))
+    expected = (on(rms_plain["q"]), on(rms_plain["scale"]) + shift, *masks)
+    exactly = {"cast_order": "scale_cast", "norm_dtype": torch.float32}
+    args = (on(rms_plain["x1_bf16"]), weight, float(rms_plain["eps1"]))
+    yield "rmsnorm_mxfp4_quant.default", args, {**exactly, "golden": expected}
+
+
+def _golden(case: Case, machine: Machine, tally: Tally) -> None:
+    op, args, kwargs = case
+    *expected, codes_count, scales_count = kwargs.pop("golden")
+    if not _aiter_numerics.serves(op, _release(op), finite=True):
+        tally.refused += 1
+        return
+    answer = aiter.judge(op, aiter.bound(op, args, kwargs), finite=True)
+    _must(bool(answer), f"refused: {answer.why}")
+    got = aiter.FINITE_ADAPTERS[op](*args, **kwargs)
+    for result, meant, counts in zip(got, expected, (codes_count, scales_count), strict=True):
+        if not same_bytes(torch.where(counts, result, 0), torch.where(counts, meant, 0)):
+            raise AssertionError(f"{int((torch.where(counts, result, 0) != meant).sum())} bytes differ")
+    tally.equal += 1
+
+
+def compare(op: str, got: Any, args: Any, before: Any, kwargs: Any, *, rounds: bool = True) -> tuple[bool, float]:
+    """Are all bytes the reference's, and which share of them must be? Raises where one that must be is not."""
+    expected = OPS[op].reference(*before, **kwargs)
+    fake = OPS[op].fake(*before, **kwargs)
+    packet = op.partition(".")[0]
+    many = (got,) if isinstance(got, Tensor) else got or ()
+    for result, meant in zip(many, (fake,) if isinstance(fake, Tensor) else fake or (), strict=True):
+        _must((result.shape, result.dtype, result.stride()) == (meant.shape, meant.dtype, meant.stride()), "layout")
+    if packet in ("fused_rope_mla_kv_cache", "concat_and_cache_mla"):
+        # The reference wrote to the cache of ``before``.
+        pairs = [pair for pair in zip((*args, got), (*before, expected), strict=True) if isinstance(pair[0], Tensor)]
+        equal = all(same_bytes(after, meant) for after, meant in pairs)
+        if rounds:
+            _must(equal, "bytes of the query or the cache differ")
+        for after, meant in pairs if not equal else ():
+            # One rounding of bfloat16 less, of terms of at most twice the largest number here.
+            largest = float(meant.abs().max()) if meant.is_floating_point() else 0.0
+            _must(float((after.double() - meant.double()).abs().max()) <= 2 * largest * 2.0**-8, "too far off")
+        return equal, 1.0 if rounds else 0.0
+    if packet == "mxfp4_gemm":
+        x, w = _mxfp4.dequantize(*before[:2]).double(), _mxfp4.dequantize(*before[2:4]).double()
+        bound = (x.abs() @ w.T.abs()) * x.shape[-1] * 2.0**-24
+        error = (got.double() - x @ w.T).abs()
+        _must(bool((error <= bound + (x @ w.T).abs() * torch.finfo(got.dtype).eps).all()), "sum out of bounds")
+        return same_bytes(got, expected), 0.0
+    equal = all(map(same_bytes, many, expected))
+    if packet == "dynamic_mxfp4_quant":
+        _must(equal, f"{int((got[0] != expected[0]).sum())} codes, {int((got[1] != expected[1]).sum())} scales differ")
+        return True, 1.0
+    # One float32 number, the reciprocal root mean square or the activation, may differ in its last bits. Bytes that it
+    # does not decide must be equal.
+    with_value = OPS[packet + (".with_act" if packet.startswith("silu") else ".with_norm")]
+    value = with_value.reference(*before, **kwargs)[-1]
+    lower, upper = (_mxfp4.quantize(value * (1 + step), "even") for step in (-TOLERANCE, TOLERANCE))
+    decided: list[Tensor] = []
+    blocks = torch.ones_like(expected[1], dtype=torch.bool)
+    for which in (1, 0):
+        safe = (lower[which] == expected[which]) & (upper[which] == expected[which])
+        if which == 1:
+            blocks = safe
+        else:
+            safe &= blocks.repeat_interleave(16, -1)
+        wrong = int((got[which] != expected[which])[safe].sum())
+        _must(wrong == 0, f"{wrong} of {int(safe.sum())} {('codes', 'scales')[which]} differ")
+        decided.append(safe.flatten())
+    for place, (result, meant) in enumerate(zip(many[2:], expected[2:], strict=True)):
+        if place == 0 and "add" in packet:
+            _must(same_bytes(result, meant), "the sum differs")
+        else:
+            torch.testing.assert_close(result, meant, rtol=TOLERANCE, atol=0)
+    return equal, float(torch.cat(decided).float().mean())
+
+
+def _must(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def numbers(array: np.ndarray) -> Tensor:
+    """A tensor of a golden array; bfloat16 is stored as uint16."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+TARGET = _aiter_rules.Target("gfx950", keeps_zeros=True)
