@@ -5,7 +5,8 @@ the report say of it. Which calls of an op may go there is a question of their a
 Nothing here imports AITER.
 
 The facts are from AITER's source (ROCm/aiter e404860, 2026-08-22, "new"; amd-aiter 0.1.7, "old") and from runs of its
-kernels in Triton's interpreter. Nothing was run on an AMD GPU yet; ``pytest -m rocm`` is the check that does.
+kernels in Triton's interpreter and on an H200. Nothing was run on an AMD GPU yet; ``pytest -m rocm`` is the check that
+does.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels")
 
 H200 = Arch("sm_90", warp_size=32, processors=132)
-#: Compiled kernels have it, interpreted ones do not.
-_OF_COMPILED = ("num_warps", "enable_fp_fusion", "launch_pdl")
+#: What shared memory holds until something is copied there: NaN as x; as a weight, whose factors are then Inf, too.
+_NOTHING = 0xFFFFFFFF
 
 
 def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -75,12 +75,21 @@ class Warpgroups:
     """Shared memory, copies that arrive as late as they may or at once, and products under way as long as they may.
 
     What is copied to must have been read by no product since the last barrier, nor by one that may be under way; what
-    a product reads must have arrived; sums must not be read before ``finish``.
+    a product reads must have arrived; sums must not be read before ``finish``; a program must not end before copies do.
+    What a program leaves for another is there once all its threads have written it and then its flag was released, and
+    is seen by threads that have met after the flag was acquired.
     """
 
     def __init__(self) -> None:
         self.early = False
         self.sources: tuple[Tensor, ...] = ()
+        self.fetched: dict[int, list[Any]] = {}
+        self.exist: list[bool] = []  # of all that is copied by copy_tile
+        self.waited = 0
+        self.flags = self.partial = torch.empty(0)
+        self.left: dict[int, Tensor] = {}
+        self.acquired: list[int] = []
+        self.written = False  # since all threads have met
 
     def emulate(self) -> None:
         from fusionpasses.kernels import _pieces, _warpgroup
@@ -99,18 +108,59 @@ class Warpgroups:
             setattr(_warpgroup, name, getattr(self, name))
 
         _pieces.multiply_word = _multiply_word
+        self._emulate_flags()
+
+    def _emulate_flags(self) -> None:
+        from triton._C.libtriton.ir import MEM_SEMANTIC
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        change, store = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_masked_store
+
+        def atomic(builder: Any, op: Any, pointer: Any, value: Any, mask: Any, order: Any, scope: Any) -> Any:
+            before = change(builder, op, pointer, value, mask, order, scope)
+            program = (int(pointer.data.reshape(-1)[0]) - self.flags.data_ptr()) // 4
+            if value.data.any():
+                assert order == MEM_SEMANTIC.RELEASE
+                assert not self.written, "a flag before what it stands for"
+                self.left[program] = self.partial[program].clone()
+                self.partial[program] = torch.nan
+            else:
+                assert order == MEM_SEMANTIC.ACQUIRE
+                assert before.data.all(), "waits for a program that has not been started"
+                self.acquired.append(program)
+            return before
+
+        def masked_store(builder: Any, *args: Any) -> Any:
+            self.written = True
+            return store(builder, *args)
+
+        def barrier(builder: Any) -> None:
+            self.written = False
+            for program in self.acquired:
+                self.partial[program] = self.left[program]
+            self.acquired = []
+
+        InterpreterBuilder.create_atomic_rmw = atomic
+        InterpreterBuilder.create_masked_store = masked_store
+        InterpreterBuilder.create_barrier = barrier
 
     def space(self, thread: Any, size: Any) -> None:
         import numpy as np
 
+        self.end()
         self.threads = len(thread.handle.data)
-        self.words = np.full(_int(size) // 4, 0xDEADBEEF, np.uint32)
+        self.words = np.full(_int(size) // 4, _NOTHING, np.uint32)
         self.phases: dict[int, int] = {}
-        self.fetched: dict[int, list[Any]] = {}
         self.copied: list[Any] = []
+        self.exist, self.waited = [], 0
         self.under_way: list[range] = []
         self.read: list[range] = []
         self.sums: Any = None
+
+    def end(self) -> None:
+        """Of a program."""
+        assert not self.fetched, "x that nobody waits for"
+        assert not any(self.exist[self.waited :]), "a part of the weight that nobody waits for"
 
     def barriers(self, thread: Any, at: Any, count: Any) -> None:
         assert _int(at) % 8 == 0
@@ -124,8 +174,10 @@ class Warpgroups:
 
     def fetch(self, wanted: Any, address: Any, at: Any, barrier: Any, size: Any) -> None:
         at, barrier, size = _int(at), _int(barrier), _int(size)
-        if not wanted.handle.data.reshape(-1)[0]:
+        warps = int(wanted.handle.data.reshape(-1, 32).any(1).sum())
+        if warps == 0:
             return
+        assert warps == 1, "several copies for one"
         place = range(at, at + size)
         assert all(not set(place) & set(used) for used in self.under_way + self.read), "x that is still read"
         assert barrier in self.phases
@@ -178,6 +230,7 @@ class Warpgroups:
             places = [place[there] for place in places]
             words = words[there]
         self.copied.append((places, words))
+        self.exist.append(bool(there.any()))
         if self.early:
             self._land(len(self.copied) - 1)
 
@@ -193,7 +246,8 @@ class Warpgroups:
         from triton.runtime.interpreter import TensorHandle
 
         at, threads = _int(at), _int(threads)
-        for i in range(len(self.copied) - _int(left)):
+        self.waited = len(self.copied) - _int(left)
+        for i in range(self.waited):
             self._land(i)
         lanes = np.arange(threads)
         places = [at // 4 + 4 * lanes + i for i in range(4)]
@@ -202,7 +256,7 @@ class Warpgroups:
         kind = tl.block_type(tl.uint32, [self.threads])
         words = tuple(tl.tensor(TensorHandle(self.words[place], tl.uint32), kind) for place in places)
         for place in places:  # so that what is read twice is noticed
-            self.words[place] = 0x7FC07FC0
+            self.words[place] = _NOTHING
         return words
 
     def multiply(self, sums: Any, low: Any, high: Any, tiles: Any, at: Any, behind: Any) -> Any:
@@ -315,14 +369,15 @@ def check_products() -> None:
         programs = rng.choice((1, steps, rng.randint(1, steps), rng.randint(1, steps)))
         columns = units * unrolled
         in_order = torch.full((groups, columns, token_tiles * 1024), torch.nan).bfloat16()
-        flags = torch.full((programs,), 7, dtype=torch.int32)
+        more = programs + rng.choice((0, 700))
+        flags = torch.full((more + 9,), 7, dtype=torch.int32)
         kernels.mxfp4_gemm_interleave[(-(-columns // 2), groups * token_tiles)](
             x,
             x_scales,
             in_order,
             flags,
             tokens,
-            programs,
+            more,
             x.stride(0),
             None if x_scales is None else x_scales.stride(0),
             K=width,
@@ -331,12 +386,14 @@ def check_products() -> None:
             WARPS=2,
             ISA=PLAIN,
         )
-        assert not flags.any()
+        assert not flags[:more].any()
+        assert (flags[more:] == 7).all()
         assert not in_order.isnan().any(), f"seed {seed}: places of x that nothing was written to"
         bias = torch.randint(-9, 9, (rows,)).float() if seed % 2 else None
         out = torch.full((tokens, rows), torch.nan)
         partial = torch.full((programs, 4 * token_tiles, 128 * warpgroups), torch.nan)
         emulated.early, emulated.sources = seed % 4 == 1, (in_order, w, exponents)
+        emulated.flags, emulated.partial = flags, partial
         kernels.mxfp4_gemm_wgmma[(programs,)](
             in_order,
             w,
@@ -357,12 +414,54 @@ def check_products() -> None:
             UNROLLED=unrolled,
             ISA=PLAIN,
         )
-        want = values @ want_w.T + (0 if bias is None else bias)
-        same = (out == want) | (out.isnan() & want.isnan())
-        assert same.all(), f"seed {seed}: {int((~same).sum())} of {out.numel()} differ"
+        emulated.end()
+        _check_same(out, values @ want_w.T + (0 if bias is None else bias), f"seed {seed}")
 
 
-GROUPS = {"products": check_products}
+def _check_same(out: Tensor, want: Tensor, what: str) -> None:
+    same = (out == want) | (out.isnan() & want.isnan())
+    assert same.all(), f"{what}: {int((~same).sum())} of {out.numel()} differ"
+
+
+def check_adapter() -> None:
+    """Sizes, strides and memory that the provider gives the kernels, with the options that are chosen for them."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    emulated = Warpgroups()
+    emulated.emulate()
+    from fusionpasses.kernels import mxfp4_gemm_wgmma as kernels
+    from fusionpasses.kernels.arch import INTERPRETED
+    from fusionpasses.providers import _launch, _triton_gemm_wgmma
+
+    def scratch(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = torch.full(shape, 7 if dtype == torch.int32 else torch.nan, dtype=dtype)
+        emulated.sources = (*emulated.sources, memory)
+        emulated.flags = memory if dtype == torch.int32 else emulated.flags
+        emulated.partial = memory if dtype == torch.float32 else emulated.partial
+        return memory
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        kernel[grid](*args, **{name: value for name, value in constants.items() if name in kernel.arg_names})
+
+    _launch.scratch, _launch.launch = scratch, launch
+    for tokens, rows, width, packed in ((17, 90, 288, False), (70, 70, 160, True)):
+        codes, scales = weight(rows, width, 124, 131)
+        w, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+        x, x_scales = torch.randint(-3, 4, (tokens, width + 64)).bfloat16()[:, :width], None
+        values, stride = x.float(), x.stride(0)
+        if packed:
+            x, x_scales = _mxfp4.quantize(values, "even")
+            values, stride = _mxfp4.dequantize(x, x_scales), x.stride(0)
+        emulated.sources = w, exponents
+        options = kernels.launch_options(tokens, rows, width, INTERPRETED)
+        bias, out = torch.randint(-9, 9, (rows,)).float(), torch.full((tokens, rows), torch.nan)
+        _triton_gemm_wgmma.multiply(
+            x, x_scales, stride, w, exponents, bias, out, tokens, rows, width, shift, options, INTERPRETED
+        )
+        emulated.end()
+        _check_same(out, values @ _mxfp4.dequantize(codes, scales).T + bias, f"{tokens} tokens")
+
+
+GROUPS = {"products": check_products, "adapter": check_adapter}
 
 
 @needs_triton
