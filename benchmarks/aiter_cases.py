@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fusionpasses import _aiter_numerics
-from fusionpasses.ops import _mxfp4
+from fusionpasses.errors import ProviderUnavailable
+from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.ops._op import OPS
 from fusionpasses.providers import _aiter_import, _aiter_rules, aiter
 
@@ -145,6 +146,17 @@ def gemm(machine: Machine) -> Iterator[Case]:
             yield "mxfp4_gemm.default", (*x, *w), {"out_dtype": out_dtype}
 
 
+def shuffled(machine: Machine) -> Iterator[Case]:
+    """Few tokens and many, whose scales are shuffled, too; tiles of a table, one with parts of K."""
+    device = machine.device
+    for tokens, n, k in ((1, 64, 256), (31, 128, 512), (32, 64, 768), (300, 128, 256), (3, 1280, 8192)):
+        x = _mxfp4.quantize(torch.randn(tokens, k, device=device), "even")
+        w = _mxfp4.quantize(torch.randn(n, k, device=device), "even")
+        for out_dtype in (torch.bfloat16, torch.float16)[: 1 if n > 128 else 2]:
+            keywords = {"out_dtype": out_dtype, "layout": "shuffled", "rows": n}
+            yield "mxfp4_gemm.default", (*x, *_mxfp4_weight.shuffle(*w)), keywords
+
+
 GROUPS: dict[str, Callable[[Machine], Iterator[Case]]] = {
     "quant": quant,
     "rms": rms,
@@ -152,6 +164,7 @@ GROUPS: dict[str, Callable[[Machine], Iterator[Case]]] = {
     "rope": rope,
     "concat": concat,
     "gemm": gemm,
+    "shuffled": shuffled,
 }
 
 
@@ -217,9 +230,10 @@ def run(group: str, machine: Machine) -> Tally:
 def _accepted(case: Case, machine: Machine, tally: Tally) -> None:
     op, args, kwargs = case
     OPS[op].check(*args, **kwargs)
-    answer = aiter.judge(op, aiter.bound(op, args, kwargs), finite=True)
-    if not answer and not _aiter_numerics.serves(op, _release(op), finite=True):
-        tally.refused += 1  # the whole op, of an old release
+    arguments = aiter.bound(op, args, kwargs)
+    answer = aiter.judge(op, arguments, finite=True)
+    if not answer and not _served(op, arguments):
+        tally.refused += 1  # the whole op or layout, of an old release
         return
     _must(bool(answer), f"refused: {answer.why}")
     before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
@@ -230,8 +244,14 @@ def _accepted(case: Case, machine: Machine, tally: Tally) -> None:
     tally.decided = min(tally.decided, decided)
 
 
-def _release(op: str) -> str:
-    return _aiter_import.load(_aiter_numerics.CAPABILITY[op])[1]
+def _served(op: str, arguments: dict[str, Any]) -> bool:
+    """Does the release that is here run any call of an op, or of that layout of it?"""
+    name = _aiter_numerics.function_for(op, arguments)
+    try:
+        release = _aiter_import.load(name)[1]
+    except ProviderUnavailable:
+        return False
+    return bool(_aiter_numerics.serves(op, release, finite=True, function=name))
 
 
 def _refused(case: Case, machine: Machine, tally: Tally) -> None:
@@ -276,7 +296,7 @@ def golden(machine: Machine) -> Iterator[Case]:
 def _golden(case: Case, machine: Machine, tally: Tally) -> None:
     op, args, kwargs = case
     *expected, codes_count, scales_count = kwargs.pop("golden")
-    if not _aiter_numerics.serves(op, _release(op), finite=True):
+    if not _served(op, {}):
         tally.refused += 1
         return
     answer = aiter.judge(op, aiter.bound(op, args, kwargs), finite=True)
@@ -308,7 +328,9 @@ def compare(op: str, got: Any, args: Any, before: Any, kwargs: Any, *, rounds: b
             _must(float((after.double() - meant.double()).abs().max()) <= 2 * largest * 2.0**-8, "too far off")
         return equal, 1.0 if rounds else 0.0
     if packet == "mxfp4_gemm":
-        x, w = _mxfp4.dequantize(*before[:2]).double(), _mxfp4.dequantize(*before[2:4]).double()
+        x = _mxfp4.dequantize(*before[:2]).double()
+        layout, rows = kwargs.get("layout", "linear"), kwargs.get("rows")
+        w = _mxfp4_weight.linear(before[2], before[3], layout, rows, 0, x.shape[-1]).double()
         bound = (x.abs() @ w.T.abs()) * x.shape[-1] * 2.0**-24
         error = (got.double() - x @ w.T).abs()
         _must(bool((error <= bound + (x @ w.T).abs() * torch.finfo(got.dtype).eps).all()), "sum out of bounds")

@@ -42,6 +42,7 @@ KERNELS = {
     "rope": "fused_qk_rope_cat_and_cache_mla",
     "concat": "the same, rows alone",
     "gemm": "gemm_afp4wfp4",
+    "shuffled": "gemm_afp4wfp4_preshuffle",
     "golden": "golden vectors",
     "refused": "refused calls",
 }

@@ -158,6 +158,7 @@ def bfloat16_arithmetic_as_compiled() -> None:
 def loader(checkout: pathlib.Path) -> Any:
     """``providers/_aiter_import.load`` for the modules of a checkout: the same look at files and signatures."""
     from fusionpasses import _aiter_files
+    from fusionpasses.errors import ProviderUnavailable
     from fusionpasses.providers import _aiter_import
 
     root = checkout / "aiter"
@@ -165,7 +166,7 @@ def loader(checkout: pathlib.Path) -> Any:
     def load(capability: str) -> tuple[Any, str]:
         place = _aiter_files.locate(root, _aiter_files.CAPABILITIES[capability])
         if place is None:
-            raise FileNotFoundError(f"{root} has no {capability}")
+            raise ProviderUnavailable(f"{root} has no {capability}")
         module = importlib.import_module(_aiter_files.module_name(root, place[0]))
         return _aiter_import._checked(module, root, *place, capability)
 

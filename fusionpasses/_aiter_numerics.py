@@ -12,7 +12,8 @@ does.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from fusionpasses._verdict import Verdict
 
@@ -125,8 +126,9 @@ NUMERICS: dict[str, dict[str, Numerics]] = {
         ),
     ),
 }
-# The same sums; their weights or scales have layouts that none of ours is: UNUSED.
-NUMERICS["gemm_afp4wfp4_preshuffle"] = NUMERICS["gemm_afp4wfp4_preshuffled_scales"] = NUMERICS["gemm_afp4wfp4"]
+# The same sums. The first of old releases was never read.
+NUMERICS["gemm_afp4wfp4_preshuffle"] = {"new": NUMERICS["gemm_afp4wfp4"]["new"]}
+NUMERICS["gemm_afp4wfp4_preshuffled_scales"] = NUMERICS["gemm_afp4wfp4"]
 
 #: The function of AITER that runs an op of ours (``packet.overload``).
 CAPABILITY = {
@@ -140,6 +142,15 @@ CAPABILITY = {
     "concat_and_cache_mla.default": "fused_qk_rope_cat_and_cache_mla",
     "mxfp4_gemm.default": "gemm_afp4wfp4",
 }
+
+#: The function that runs it instead where its argument ``layout`` is this.
+BY_LAYOUT = {"mxfp4_gemm.default": {"shuffled": "gemm_afp4wfp4_preshuffle"}}
+
+
+def function_for(op: str, arguments: Mapping[str, Any]) -> str:
+    """The function of AITER that a call of ``op`` (one of CAPABILITY) with these arguments is for."""
+    return BY_LAYOUT.get(op, {}).get(str(arguments.get("layout")), CAPABILITY[op])
+
 
 _NEEDS_ROTATED_K = "AITER leaves k of a token whose slot is negative unwritten; ours is rotated whatever the slot"
 _QUERY_ALONE = "AITER writes the query as [q_nope | rope(q_pe)], never rope(q_pe) alone"
@@ -162,8 +173,7 @@ UNUSED: dict[str, dict[str, str]] = {
     "fused_rope_mla_kv_cache.absorbed": {"fused_qk_rope_concat_and_cache_mla": ""},
     "concat_and_cache_mla.default": {"fused_qk_rope_concat_and_cache_mla": "it writes no cache without a query"},
     "mxfp4_gemm.default": {
-        "gemm_afp4wfp4_preshuffle": "it takes weights and scales in shuffled layouts; ours are 'linear' and 'tiles'",
-        "gemm_afp4wfp4_preshuffled_scales": "it takes scales in a shuffled layout; ours are row-major or 'tiles'",
+        "gemm_afp4wfp4_preshuffled_scales": "it takes shuffled scales with codes that are not, which no layout is",
     },
 }
 
@@ -211,7 +221,8 @@ def standings(op: str, release: str | None = None) -> list[Standing]:
     if op not in CAPABILITY:
         return [Standing(op, "", "any", (f"AITER has nothing for {op}",), (), _NOTHING_TO_SWITCH)]
     found = []
-    for function, reason in {CAPABILITY[op]: "", **UNUSED.get(op, {})}.items():
+    used = dict.fromkeys((CAPABILITY[op], *BY_LAYOUT.get(op, {}).values()), "")
+    for function, reason in {**used, **UNUSED.get(op, {})}.items():
         of_function = {
             generation: _standing(op, function, numerics, reason)
             for generation, numerics in NUMERICS[function].items()
@@ -235,14 +246,14 @@ def _standing(op: str, function: str, numerics: Numerics, reason: str) -> Standi
     return Standing(op, function, "", ruled_out, tuple(numerics.by_call()), switch)
 
 
-def serves(op: str, release: str | None = None, *, finite: bool = False) -> Verdict:
+def serves(op: str, release: str | None = None, *, finite: bool = False, function: str | None = None) -> Verdict:
     """Can AITER run any call of ``op`` exactly? ``release`` is "new", "old" or None for any; no AITER is needed.
 
-    ``finite``: the user has given the PROMISE.
+    ``finite``: the user has given the PROMISE. ``function``: by this one (``function_for``), not that of most calls.
     """
     if op not in CAPABILITY:
         return Verdict(False, standings(op)[0].ruled_out[0])
-    name = CAPABILITY[op]
+    name = function or CAPABILITY[op]
     if release not in (None, *NUMERICS[name]):
         return Verdict(False, f"{name} of this release ({release!r}) was never read")
     verdicts = [_verdict(each, finite) for each in standings(op, release) if each.function == name]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+import shuffled_layout
 import torch
 
 from fusionpasses import providers
+from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.ops import _mxfp4, _rope
 from fusionpasses.ops._op import OPS
 from fusionpasses.probes import Verdict
@@ -76,8 +78,30 @@ def fake_gemm(x, w, x_scales, w_scales, dtype):
     return OPS[GEMM].reference(x, x_scales, w, w_scales, out_dtype=dtype)
 
 
+def fake_preshuffle(x, w, x_scales, w_scales, dtype, y, config):
+    assert y is None
+    assert config["NUM_KSPLIT"] == 1  # with more, AITER reads beyond the operands
+    rows, width, n = len(x), x.shape[1] * 2, len(w) * 16
+    assert all(t.is_contiguous() for t in (x, w, x_scales, w_scales))
+    assert (w.shape, w_scales.shape) == ((n // 16, width * 8), (n // 32, width))
+    if config["BLOCK_SIZE_M"] >= 32:
+        assert rows >= 32
+        # Whole tiles of scales are read.
+        assert x_scales.shape == (-(-rows // 256) * 8, width)
+        x_scales = x_scales.flatten()[shuffled_layout.of_scales(rows, width)]
+    weight = shuffled_layout.put_back(w, w_scales, n, width)
+    return OPS[GEMM].reference(x, x_scales, *weight, out_dtype=dtype)
+
+
+def _get_config(rows, n, half, shuffled):
+    """AITER's table of tiles."""
+    assert shuffled
+    return {"BLOCK_SIZE_M": 16 if rows < 32 else 64, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 256, "NUM_KSPLIT": 4}, False
+
+
 def fakes(release):
     return {
+        **({"gemm_afp4wfp4_preshuffle": fake_preshuffle} if release == "new" else {}),
         "dynamic_mxfp4_quant": fake_dynamic,
         "fused_rms_mxfp4_quant": fake_rms(release),
         "act_mul_and_mxfp4_quant": fake_act,
@@ -99,9 +123,15 @@ def forget():
 def installed(release, monkeypatch):
     """The functions of one generation are what the import gives, and every probe of AITER says yes."""
     functions = fakes(release)
+
+    def load(capability):
+        if capability not in functions:
+            raise ProviderUnavailable(f"AITER's {capability} is not here")
+        return functions[capability], release
+
     monkeypatch.setattr(providers, "probe_aiter_kernel", lambda function: Verdict(True, "amd-aiter 0.1.24"))
     monkeypatch.setattr(providers, "probe_triton", lambda: Verdict(True, "triton 3.9.0"))
-    monkeypatch.setattr(_aiter_import, "load", lambda capability: (functions[capability], release))
+    monkeypatch.setattr(_aiter_import, "load", load)
     monkeypatch.setattr(aiter.arch, "of", lambda device: aiter.arch.Arch("gfx950", 64, 2))
     monkeypatch.setattr(aiter, "_keeps_zeros", lambda: True)
     forget()

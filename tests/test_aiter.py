@@ -89,6 +89,11 @@ def product(tokens=5, n=32, k=256, **changed):
     return {**x, **w, "bias": None, "out_dtype": BF16, "layout": "linear", "rows": None, "shift": 0, **changed}
 
 
+def shuffled(tokens=5, n=64, k=512, **changed):
+    w = {"w_codes": empty(n // 16, k * 8, dtype=torch.uint8), "w_scales": empty(n // 32, k, dtype=torch.uint8)}
+    return product(tokens, n, k, **w, **{"layout": "shuffled", "rows": n, **changed})
+
+
 def summed(**changed):
     x = changed.get("x", empty(4, 64))
     return {"residual": torch.empty_like(x), **norm(**{"x": x, **changed})}
@@ -170,7 +175,7 @@ REFUSED = [
     (CONCAT, cached(), cached(tokens=0), "some_rows", "no rows"),
     (GEMM, product(), product(), "_fp4_arithmetic", "gfx942", _aiter_rules.Target("gfx942", True)),
     (GEMM, product(), product(bias=empty(32)), "_no_bias", "bias"),
-    (GEMM, product(), product(layout="tiles"), "_linear_layout", "'tiles'"),
+    (GEMM, product(), product(layout="tiles"), "_layout_of_aiter", "'tiles'"),
     (GEMM, product(out_dtype=FP16), product(out_dtype=FP32), "_sixteen_bits_out", "float32"),
     (GEMM, product(k=512), product(k=320), "_width_in_256", "K: got 320"),
     (GEMM, product(), product(tokens=0), "some_rows", "no rows"),
@@ -183,6 +188,9 @@ REFUSED = [
         "positive ones",
     ),
     (GEMM, product(tokens=256, n=2**17), product(tokens=256, n=2**18), "_partial_sums_in_32_bits", "32 bits"),
+    (GEMM, shuffled(tokens=256, n=2**17), shuffled(tokens=256, n=2**18), "_partial_sums_in_32_bits", "32 bits"),
+    (GEMM, shuffled(), shuffled(bias=empty(64)), "_no_bias", "bias"),
+    (GEMM, shuffled(), shuffled(tokens=0), "some_rows", "no rows"),
 ]
 
 
@@ -265,7 +273,11 @@ def test_results_are_those_of_the_contract(installed, group):
         return
     for op, args, kwargs in aiter_cases.GROUPS[group](CPU):
         arguments = aiter.bound(op, args, kwargs)
-        assert bool(aiter.judge(op, arguments, finite=True)) == (group in ("rope", "concat", "gemm"))
+        answer = aiter.judge(op, arguments, finite=True)
+        assert bool(answer) == (group in ("rope", "concat", "gemm"))
+        if group == "shuffled":
+            assert answer.why == "AITER's gemm_afp4wfp4_preshuffle is not here"
+            continue
         if "norm" in op and op.endswith("with_norm"):
             continue  # old releases do not return it
         function, _ = _aiter_import.load(_aiter_numerics.CAPABILITY[op])
@@ -308,6 +320,56 @@ def test_partial_sums_in_bfloat16_are_refused(installed, monkeypatch):
     answer = aiter.judge(GEMM, product(), finite=True)
     assert not answer
     assert "set_use_gemm_splitk_bf16" in answer.why
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "tile", "words"),
+    [
+        (5, 96, 512, (16, 64, 256), "N: got 96 with AITER's tile of 64; it reads beyond the weight"),
+        (5, 64, 768, (16, 64, 512), "K: got 768 with AITER's tile of 512; its kernel has no code for a rest"),
+        (31, 64, 512, (32, 64, 256), "tokens: got 31 with AITER's tile of 32; it would read their scales"),
+        (32, 64, 512, (16, 64, 256), "tokens: got 32 with AITER's tile of 16; it would read their scales"),
+        (600, 64, 512, (512, 64, 256), "tokens: got 600 with AITER's tile of 512"),
+        (31, 96, 512, (16, 16, 512), None),
+        (32, 64, 512, (256, 64, 512), None),
+    ],
+)
+def test_a_tile_that_a_product_must_not_have_is_refused(installed, tokens, n, k, tile, words, monkeypatch):
+    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K")
+    asked = []
+
+    def table(*sizes):
+        asked.append(sizes)
+        return {**dict(zip(names, tile, strict=True)), "NUM_KSPLIT": 8}, True
+
+    monkeypatch.setattr(aiter_fakes, "_get_config", table)
+    answer = aiter.judge(GEMM, shuffled(tokens, n, k), finite=True)
+    if installed == "old":
+        assert not answer
+        return
+    assert asked == [(tokens, n, k // 2, True)]
+    assert bool(answer) == (words is None)
+    assert answer or answer.why.startswith(words)
+
+
+def test_a_table_of_tiles_that_fails_is_a_reason(installed, monkeypatch):
+    def table(*sizes):
+        raise KeyError("any")
+
+    monkeypatch.setattr(aiter_fakes, "_get_config", table)
+    answer = aiter.judge(GEMM, shuffled(), finite=True)
+    assert not answer
+    if installed == "new":
+        assert answer.why == "layout: got 'shuffled', and AITER's table of tiles failed with KeyError: 'any'"
+    assert aiter.judge(GEMM, product(), finite=True)
+
+
+def test_a_shuffled_weight_needs_a_release_whose_product_of_one_was_read():
+    assert _aiter_rules.accepts(GEMM, shuffled(), "new", TARGET, finite=True)
+    assert not _aiter_rules.accepts(GEMM, shuffled(), "new", TARGET)
+    answer = _aiter_rules.accepts(GEMM, shuffled(), "old", TARGET, finite=True)
+    assert answer == Verdict(False, "gemm_afp4wfp4_preshuffle of this release ('old') was never read")
+    assert _aiter_rules.accepts(GEMM, product(), "old", TARGET, finite=True)
 
 
 # Who is chosen.
@@ -418,7 +480,7 @@ def checked(tally, group):
     assert tally.cases == (tally.refused if group == "refused" else tally.equal + tally.within) > 0
     assert tally.within == 0 or group not in exact
     # Nearly all of the bytes of the other quants are decided.
-    assert tally.decided > 0.95 or group == "gemm"
+    assert tally.decided > 0.95 or group in ("gemm", "shuffled")
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -443,7 +505,7 @@ def rocm():
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_of_aiter_on_a_gpu(group):
     name = aiter.arch.of(torch.device("cuda", torch.cuda.current_device())).name
-    if group == "gemm" and name != "gfx950":
+    if group in ("gemm", "shuffled") and name != "gfx950":
         pytest.skip(f"{name}: AITER's FP4 product is for gfx950")
     if group == "rope" and not aiter._keeps_zeros():
         pytest.skip("this Triton compiles -x as 0 - x, so turned pairs of zeros differ in sign")

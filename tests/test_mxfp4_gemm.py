@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import shuffled_layout
 import torch
 import triton_interpreter
 from hypothesis import given, settings
@@ -92,6 +93,32 @@ def test_a_weight_without_data_is_refused() -> None:
         _mxfp4_weight.prepare(codes.to("meta"), scales.to("meta"))
 
 
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 4), pieces=st.integers(1, 4), seed=st.integers(0, 99))
+def test_a_shuffled_weight_has_its_bytes_where_aiter_reads_them_and_is_undone(
+    rows: int, pieces: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows, width = 32 * rows, 256 * pieces
+    codes, scales = weight(rows, width, 0, 256)
+    shuffled = _mxfp4_weight.shuffle(codes, scales)
+    assert [t.shape for t in shuffled] == [(rows // 16, width * 8), (rows // 32, width)]
+    assert all(t.is_contiguous() for t in shuffled)
+    back = shuffled_layout.put_back(*shuffled, rows, width)
+    for again in (back, _mxfp4_weight.unshuffle(*shuffled)):
+        assert torch.equal(again[0], codes)
+        assert torch.equal(again[1], scales)
+        assert again[0].is_contiguous()
+    values = _mxfp4_weight.linear(*shuffled, "shuffled", rows, 0, width)
+    torch.testing.assert_close(values, _mxfp4.dequantize(codes, scales), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(16, 256), (48, 256), (0, 256), (32, 128), (32, 288)])
+def test_sizes_that_a_shuffled_weight_cannot_have_are_refused(rows: int, width: int) -> None:
+    with pytest.raises(UnsupportedInput, match=rf"got {rows} rows of {width}, allowed .* 32 rows .* 256 .*no padding"):
+        _mxfp4_weight.shuffle(*weight(rows, width, 120, 130))
+
+
 # ---- arguments
 
 
@@ -114,6 +141,17 @@ def _call(**changes: Any) -> Tensor:
         ({"rows": 8}, "rows, shift: got 8 and 0 with layout 'linear', allowed None and 0"),
         ({"layout": "tiles"}, "rows, shift: got None and 0 with layout 'tiles', allowed N >= 1 and 0 to 126"),
         ({"layout": "tiles", "rows": 8}, r"w_codes: got shape \(8, 32\) for 8 rows of 64, allowed \(1, 1, 1024\)"),
+        ({"layout": "shuffled"}, "rows, shift: got None and 0 with layout 'shuffled', allowed N >= 1 and 0"),
+        ({"layout": "shuffled", "rows": 32, "shift": 1}, "rows, shift: got 32 and 1 with layout 'shuffled'"),
+        ({"layout": "shuffled", "rows": 8}, "got 8 rows of 64, allowed positive multiples of 32"),
+        (
+            {"layout": "shuffled", "rows": 32, "x": torch.randn(2, 256)},
+            r"w_codes: got shape \(8, 32\) for 32 rows of 256, allowed \(2, 2048\)",
+        ),
+        (
+            {"layout": "shuffled", "rows": 32, "x": torch.randn(2, 256), "w_codes": torch.zeros(2, 2048).byte()},
+            r"w_scales: got shape \(8, 2\) .* allowed \(1, 256\)",
+        ),
         ({"bias": torch.zeros(4)}, r"bias: got torch.float32 \(4,\), allowed \[8\]"),
         ({"bias": torch.zeros(8, dtype=torch.int32)}, r"bias: got torch.int32 \(8,\), allowed \[8\]"),
     ],
@@ -175,6 +213,38 @@ def test_kernels_get_addresses_from_which_words_can_be_loaded(
     by_byte = operands[1:4:2] if layout == "linear" else operands[1:2]  # scales of x, and of a weight as it is stored
     for t in loaded_as_words:
         assert t.data_ptr() % 4 == 0 or any(t is scales for scales in by_byte), (launched, t.shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "gfx942", "gfx950"])
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_kernels_get_a_shuffled_weight_in_order(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches of the same weight as it is stored, with the same bytes."""
+    from fusionpasses.kernels import arch
+    from fusionpasses.providers import _launch, _triton_gemm
+
+    launched: list[Any] = []
+    monkeypatch.setattr(arch, "of", lambda _: arch.Arch(name, warp_size=32, processors=132))
+    monkeypatch.setattr(_launch, "launch", lambda *args, **options: launched.append((args, options)))
+    operands = weight(64, 512, 124, 130)
+    x = torch.randn(tokens, 512).bfloat16()
+    every = []
+    for w, keywords in (
+        (operands, {}),
+        (_mxfp4_weight.shuffle(*operands), {"layout": "shuffled", "rows": 64}),
+    ):
+        launched.clear()
+        _triton_gemm._mxfp4_gemm(*_mxfp4.quantize(x, "even"), *w, out_dtype=torch.bfloat16, **keywords)
+        _triton_gemm._mxfp4_gemm_a16w4(x, *w, **keywords)
+        every.append(list(launched))
+    assert len(every[0]) == len(every[1]) >= 2
+    for (args, options), (others, other_options) in zip(*every, strict=True):
+        assert options == other_options
+        for one, other in zip(args, others, strict=True):
+            if isinstance(one, Tensor) and one.dtype == torch.uint8:
+                assert torch.equal(one, other)
+            elif not isinstance(one, Tensor):
+                assert one == other
 
 
 # ---- the kernels, interpreted
@@ -489,6 +559,17 @@ def test_gpu_no_copy_of_a_weight_outlives_the_call(tokens: int) -> None:
     # Up to 64 tokens, programs that cut K have float32 sums of their own.
     scratch = rows * width * 2 if tokens > 64 else 8 * out.numel() * 4 + 2 * x.numel() * 2 + 2**20
     assert torch.cuda.max_memory_allocated() - before <= scratch + out.numel() * 2 + 4096
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (1, 16, 200)])
+def test_gpu_a_shuffled_weight_gives_the_bytes_of_the_weight_as_stored(tokens: int) -> None:
+    codes, scales = weight(576, 2048, 118, 126, "cuda")
+    shuffled = _mxfp4_weight.shuffle(codes, scales)
+    for _ in range(3):  # full calls, then replayed ones
+        x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        want = ours.mxfp4_gemm_a16w4(x, codes, scales, provider="triton")
+        got = ours.mxfp4_gemm_a16w4(x, *shuffled, layout="shuffled", rows=576, provider="triton")
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (1, 16, 200)])

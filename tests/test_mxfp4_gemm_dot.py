@@ -13,7 +13,7 @@ import torch
 import triton_interpreter
 from torch import Tensor
 
-from fusionpasses.ops import _mxfp4
+from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.probes import probe_triton
 
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
@@ -196,7 +196,26 @@ def check_sums() -> None:
         assert torch.equal(out, want.to(out.dtype)), f"seed {seed}"
 
 
-GROUPS = {"products": check_products, "values": check_values, "sums": check_sums}
+def check_shuffled() -> None:
+    """Both ops' adapters with a shuffled weight, whose bytes they put back: exact sums."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    triton_interpreter.multiply_bfloat16_as_gpus_do()
+    from fusionpasses.providers import _triton_gemm
+
+    for tokens, rows, width in ((1, 32, 256), (20, 64, 768)):
+        torch.manual_seed(tokens)
+        w, x = weight(rows, width, 124, 131), torch.randint(-3, 4, (tokens, width)).bfloat16()
+        bias, keywords = torch.randint(-9, 9, (rows,)).float(), {"layout": "shuffled", "rows": rows}
+        want = (x.float() @ _mxfp4.dequantize(*w).T + bias).bfloat16()
+        shuffled = _mxfp4_weight.shuffle(*w)
+        assert torch.equal(_triton_gemm._mxfp4_gemm_a16w4(x, *shuffled, bias, **keywords), want)
+        codes = _mxfp4.quantize(x, "even")
+        want = (_mxfp4.dequantize(*codes) @ _mxfp4.dequantize(*w).T + bias).bfloat16()
+        got = _triton_gemm._mxfp4_gemm(*codes, *shuffled, bias, out_dtype=torch.bfloat16, **keywords)
+        assert torch.equal(got, want)
+
+
+GROUPS = {"products": check_products, "values": check_values, "sums": check_sums, "shuffled": check_shuffled}
 
 
 @needs_triton

@@ -164,29 +164,48 @@ def test_an_input_that_requires_grad_is_refused_not_cut_off():
 # ---- the kernel's layout
 
 
+@pytest.mark.parametrize(("layout", "n", "k"), [("tiles", 40, 96), ("shuffled", 32, 256)])
 @pytest.mark.parametrize("act", ["mxfp4", "none"])
-def test_a_prepared_layer_is_the_same_layer(act):
+def test_a_prepared_layer_is_the_same_layer(act, layout, n, k):
     torch.manual_seed(0)
-    linear = fp.Mxfp4Linear.from_linear(nn.Linear(96, 40).bfloat16(), act=act)
-    x = torch.randn(5, 96).bfloat16()
+    linear = fp.Mxfp4Linear.from_linear(nn.Linear(k, n).bfloat16(), act=act)
+    x = torch.randn(5, k).bfloat16()
     before, want = copy.deepcopy(linear.state_dict()), linear(x)
     packed = linear.weight_packed
-    assert linear.prepare() is linear
-    assert linear.layout == "tiles"
-    tiles = linear.weight_packed
-    assert linear.prepare().weight_packed is tiles  # idempotent
+    assert linear.prepare(layout) is linear
+    assert linear.layout == layout
+    prepared = linear.weight_packed
+    assert linear.prepare(layout).weight_packed is prepared  # idempotent
     for layer in (linear, copy.deepcopy(linear)):
         assert torch.equal(layer(x), want)
         assert layer.state_dict().keys() == before.keys()
         assert all(torch.equal(layer.state_dict()[name], before[name]) for name in before)
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), want)
-    fresh = fp.Mxfp4Linear.from_linear(nn.Linear(96, 40).bfloat16(), act=act).prepare()
+    fresh = fp.Mxfp4Linear.from_linear(nn.Linear(k, n).bfloat16(), act=act).prepare(layout)
     fresh.load_state_dict(before)
-    assert fresh.layout == "tiles"
+    assert fresh.layout == layout
     assert torch.equal(fresh(x), want)
     linear.unprepare()
     assert linear.layout == "linear"
     assert torch.equal(linear.weight_packed, packed)
+
+
+def test_a_layer_is_prepared_anew_for_another_kernel():
+    linear = fp.Mxfp4Linear.from_linear(nn.Linear(256, 32), act="none")
+    before, x = copy.deepcopy(linear.state_dict()), torch.randn(3, 256)
+    want = linear(x)
+    for layout in ("tiles", "shuffled", "tiles"):
+        assert linear.prepare(layout).layout == layout
+        assert torch.equal(linear(x), want)
+        assert all(torch.equal(linear.state_dict()[name], before[name]) for name in before)
+    assert linear.prepare() is linear
+    assert linear.layout == "tiles"
+    with pytest.raises(fp.UnsupportedInput, match="layout: got 'linear', allowed 'tiles' and 'shuffled'; unprep"):
+        linear.prepare("linear")
+    small = fp.Mxfp4Linear.from_linear(nn.Linear(64, 32), act="none").prepare()
+    with pytest.raises(fp.UnsupportedInput, match="got 32 rows of 64, allowed positive multiples of 32 rows"):
+        small.prepare("shuffled")
+    assert small.layout == "tiles"
 
 
 def test_a_weight_that_cannot_be_prepared_stays_and_works():

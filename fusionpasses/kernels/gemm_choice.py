@@ -24,7 +24,8 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
 
     Args:
         w4a4: x is MXFP4, too.
-        layout: "linear", as checkpoints have a weight; "tiles", as ``Mxfp4Linear.prepare`` does.
+        layout: "linear", as checkpoints have a weight, or "tiles", as ``Mxfp4Linear.prepare`` makes one; ask with
+            "linear" for "shuffled", which is put back in that order before.
     """
     if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout):
         options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)

@@ -42,7 +42,7 @@ class Mxfp4Linear(nn.Module):
         in_features, out_features: as of nn.Linear.
         act: "mxfp4" or "none".
         scale_mode: of the activations' quant.
-        layout: "linear", or "tiles" after ``prepare()``.
+        layout: "linear", or that of ``prepare()``.
 
     Inference only: a call with an input that requires grad, in grad mode, raises UnsupportedInput.
     """
@@ -120,20 +120,32 @@ class Mxfp4Linear(nn.Module):
 
         return linear_from_checkpoint(checkpoint, name, act=act, scale_mode=scale_mode, device=device)
 
-    def prepare(self) -> Mxfp4Linear:
-        """Put the weight in the order in which the kernel for few tokens on NVIDIA GPUs from Hopper on reads it.
+    def prepare(self, layout: str = "tiles") -> Mxfp4Linear:
+        """Put the weight in the order in which one kernel reads it.
 
-        The values are the same, and ``state_dict`` does not change. For other GPUs, do not: their kernels for few
-        tokens read the checkpoint's order only, and a prepared weight is dequantised in every call. Does nothing to a
-        weight that is prepared already. Waits for the device.
+        "tiles" is that of the kernel for few tokens on NVIDIA GPUs from Hopper on. "shuffled" is that of AITER's
+        preshuffled product on gfx950, which ``fusion_backend(provider="aiter_finite")`` calls with ``act="mxfp4"``.
+        For others, do not: they read the checkpoint's order only, so a weight in tiles is dequantised, and a shuffled
+        one put back, in every call. The values are the same, and ``state_dict`` does not change. Does nothing to a
+        weight that has that layout already. "tiles" waits for the device.
 
         Raises:
-            UnsupportedInput: the weight is on the meta device, or its scales are such that folding them into the codes'
-                would not be exact (NaN, or too wide a span); it stays as it is, and works.
+            UnsupportedInput: the layout is none of these two; the weight cannot have it ("tiles": it is on the meta
+                device, or folding its scales into the codes' would not be exact, because of NaN or too wide a span;
+                "shuffled": out_features % 32 or in_features % 256). It stays as it is, and works.
         """
-        if self.layout == "linear":
-            codes, scales, shift = _mxfp4_weight.prepare(self.weight_packed, self.weight_scale)
-            self.weight_packed, self.weight_scale, self.layout, self._shift = codes, scales, "tiles", shift
+        if layout not in ("tiles", "shuffled"):
+            raise UnsupportedInput(
+                f"layout: got {layout!r}, allowed 'tiles' and 'shuffled'; unprepare() gives 'linear' back"
+            )
+        if self.layout != layout:
+            codes, scales = self.checkpoint_weight()
+            shift = 0
+            if layout == "tiles":
+                codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
+            else:
+                codes, scales = _mxfp4_weight.shuffle(codes, scales)
+            self.weight_packed, self.weight_scale, self.layout, self._shift = codes, scales, layout, shift
         return self
 
     def unprepare(self) -> Mxfp4Linear:
@@ -146,6 +158,8 @@ class Mxfp4Linear(nn.Module):
         """Codes ``[out_features, in_features / 2]`` and scales ``[out_features, in_features / 32]``."""
         if self.layout == "linear":
             return self.weight_packed, self.weight_scale
+        if self.layout == "shuffled":
+            return _mxfp4_weight.unshuffle(self.weight_packed, self.weight_scale)
         return _mxfp4_weight.unprepare(
             self.weight_packed, self.weight_scale, self.out_features, self.in_features, self._shift
         )
@@ -175,10 +189,10 @@ class Mxfp4Linear(nn.Module):
         destination[f"{prefix}weight_packed"], destination[f"{prefix}weight_scale"] = self.checkpoint_weight()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepared = self.layout != "linear"
+        layout = self.layout
         self.unprepare()
         super()._load_from_state_dict(*args, **kwargs)
-        if prepared:
+        if layout != "linear":
             # What cannot be prepared works as it is; to raise here would leave the modules after this one unloaded.
             with contextlib.suppress(UnsupportedInput):
-                self.prepare()
+                self.prepare(layout)

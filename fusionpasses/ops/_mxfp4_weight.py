@@ -1,17 +1,22 @@
 """Layouts of an MXFP4 weight ``[N, K]``, and what both GEMMs check of their operands.
 
-========  ====================================================  ==================================================
-layout    w_codes                                               w_scales
-========  ====================================================  ==================================================
-"linear"  uint8 ``[N, K/2]``, as checkpoints have it            uint8 ``[N, K/32]``
-"tiles"   uint8 ``[ceil(N/16), ceil(K/128), 1024]``             uint8 ``[ceil(N/16), ceil(K/128), 64]``
-========  ====================================================  ==================================================
+==========  ==================================================  ==================================================
+layout      w_codes                                             w_scales
+==========  ==================================================  ==================================================
+"linear"    uint8 ``[N, K/2]``, as checkpoints have it          uint8 ``[N, K/32]``
+"tiles"     uint8 ``[ceil(N/16), ceil(K/128), 1024]``           uint8 ``[ceil(N/16), ceil(K/128), 64]``
+"shuffled"  uint8 ``[N/16, 8 K]``, K % 256 == 0, N % 32 == 0    uint8 ``[N/32, K]``
+==========  ==================================================  ==================================================
 
 "tiles" is what ``prepare`` makes and ``unprepare`` undoes, byte by byte. A tile holds the codes of 16 rows by 128
 elements in the order in which the threads of a warp give them to a tensor core (``kernels/mxfp4_gemm.py``), the bits of
 eight codes in the order in which they are taken out of their word. A scale byte b becomes the exponent of the bfloat16
 that makes up for the codes' small exponents, too: ``b - shift + 126``; all sums take 2**shift. ``shift`` is 0 as long
 as no scale is above 2. All of that is exact, or ``prepare`` refuses.
+
+"shuffled" is what AITER's preshuffled products read; ``shuffle`` makes it and ``unshuffle`` undoes it. Bytes change
+places only: codes in pieces of 16 bytes, first those of 16 rows, then the second halves of 32 bytes of each; scales in
+pieces of 32 rows by 8 blocks, in each the 4 scales of two rows by two blocks together.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ from torch import Tensor
 from fusionpasses.errors import UnsupportedInput
 from fusionpasses.ops import _mxfp4
 
-LAYOUTS = ("linear", "tiles")
+LAYOUTS = ("linear", "tiles", "shuffled")
 TILE_ROWS, TILE_WIDTH = 16, 128
+#: What N and K of a shuffled weight are multiples of: a piece of its scales. Nothing is padded.
+SHUFFLED_ROWS, SHUFFLED_WIDTH = 32, 256
 
 #: What is added to a scale byte: bfloat16's bias is 127, codes are 2**-126 times their value, bytes mean 2**(b - 127).
 _BIAS = 126
@@ -63,7 +70,8 @@ def check_weight(w_codes: Tensor, w_scales: Tensor, layout: str, rows: int | Non
     if layout == "linear":
         if rows is not None or shift != 0:
             raise UnsupportedInput(
-                f"rows, shift: got {rows} and {shift} with layout 'linear', allowed None and 0: they belong to 'tiles'"
+                f"rows, shift: got {rows} and {shift} with layout 'linear', allowed None and 0: they belong to layouts "
+                "whose shapes do not tell"
             )
         if w_codes.dim() != 2 or w_codes.shape[1] * 2 != width:
             raise UnsupportedInput(
@@ -72,6 +80,19 @@ def check_weight(w_codes: Tensor, w_scales: Tensor, layout: str, rows: int | Non
             )
         allowed: tuple[int, ...] = (w_codes.shape[0], width // _mxfp4.BLOCK)
         n = w_codes.shape[0]
+    elif layout == "shuffled":
+        if rows is None or rows < 1 or shift != 0:
+            raise UnsupportedInput(
+                f"rows, shift: got {rows} and {shift} with layout 'shuffled', allowed N >= 1 and 0; pass the rows that "
+                "were shuffled"
+            )
+        _check_shuffled(rows, width)
+        if tuple(w_codes.shape) != (rows // 16, width * 8):
+            raise UnsupportedInput(
+                f"w_codes: got shape {tuple(w_codes.shape)} for {rows} rows of {width}, allowed "
+                f"{(rows // 16, width * 8)} with layout 'shuffled'"
+            )
+        allowed, n = (rows // SHUFFLED_ROWS, width), rows
     else:
         if rows is None or rows < 1 or not 0 <= shift <= _BIAS:
             raise UnsupportedInput(
@@ -144,6 +165,48 @@ def unprepare(codes: Tensor, scales: Tensor, rows: int, width: int, shift: int) 
     ].contiguous()
 
 
+def shuffle(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in layout "linear" as codes and scales of layout "shuffled". Waits for nothing.
+
+    Raises:
+        UnsupportedInput: N or K is none that the layout has.
+    """
+    rows, width = codes.shape[0], codes.shape[1] * 2
+    check_weight(codes, scales, "linear", None, 0, width)
+    _check_shuffled(rows, width)
+    pieces = codes.view(rows // 16, 16, width // 64, 2, 16).permute(0, 2, 3, 1, 4)
+    return pieces.reshape(rows // 16, width * 8), shuffled_scales(scales)
+
+
+def shuffled_scales(scales: Tensor) -> Tensor:
+    """Scales ``[rows, K/32]``, 32 rows and 8 scales or multiples of them, as ``[rows/32, K]`` of layout "shuffled"."""
+    rows, blocks = scales.shape
+    pieces = scales.view(rows // 32, 2, 16, blocks // 8, 2, 4).permute(0, 3, 5, 2, 4, 1)
+    return pieces.reshape(rows // SHUFFLED_ROWS, blocks * _mxfp4.BLOCK)
+
+
+def unshuffle(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight in layout "linear", of which ``shuffle`` made this."""
+    width = scales.shape[1]
+    bytes_, exponents = in_order(codes, scales)
+    return bytes_.reshape(-1, width // 2), exponents.reshape(-1, width // _mxfp4.BLOCK)
+
+
+def in_order(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a shuffled weight whose elements are in the order of layout "linear"."""
+    width = scales.shape[1]
+    bytes_ = codes.view(-1, width // 64, 2, 16, 16).permute(0, 3, 1, 2, 4)
+    return bytes_, scales.view(-1, width // 256, 4, 16, 2, 2).permute(0, 5, 3, 1, 4, 2)
+
+
+def _check_shuffled(rows: int, width: int) -> None:
+    if rows < 1 or rows % SHUFFLED_ROWS != 0 or width % SHUFFLED_WIDTH != 0:
+        raise UnsupportedInput(
+            f"weight: got {rows} rows of {width}, allowed positive multiples of {SHUFFLED_ROWS} rows of multiples of "
+            f"{SHUFFLED_WIDTH} with layout 'shuffled': it has no padding; it stays 'linear'"
+        )
+
+
 def foldable(codes: Tensor, scales: Tensor) -> int:
     """The shift with which scales can be folded exactly.
 
@@ -180,4 +243,6 @@ def linear(w_codes: Tensor, w_scales: Tensor, layout: str, rows: int | None, shi
     """float32 values ``[N, K]`` of a weight in any layout."""
     if layout == "tiles":
         w_codes, w_scales = unprepare(w_codes, w_scales, int(rows or 0), width, shift)
+    elif layout == "shuffled":
+        w_codes, w_scales = unshuffle(w_codes, w_scales)
     return _mxfp4.dequantize(w_codes, w_scales)

@@ -9,8 +9,8 @@ Args:
         uint8 ``[N, K/2]`` and ``[N, K/32]`` if "linear".
     bias: ``[N]`` or None.
     out_dtype: bfloat16, float16 or float32.
-    layout: "linear", or "tiles" for what ``prepare`` returned.
-    rows, shift: N and the shift that ``prepare`` returned; None and 0 if "linear".
+    layout: "linear", "tiles" for what ``prepare`` returned, or "shuffled" for what ``shuffle`` did.
+    rows, shift: None and 0 if "linear"; else N, and the shift that ``prepare`` returned, or 0.
 
 Returns:
     ``[..., N]`` contiguous. Products of two MXFP4 numbers are exact in float32; providers add them up in orders of
@@ -97,21 +97,23 @@ def fake(
 
 
 def samples(device: torch.device) -> Iterator[Sample]:
-    for weight, keywords in weights(device):
-        bias = torch.randn(40, device=device)
-        for shape in ((5, 160), (2, 3, 160), (0, 160), (160,)):
+    for weight, keywords, n, k in weights(device):
+        bias = torch.randn(n, device=device)
+        for shape in ((5, k), (2, 3, k), (0, k), (k,)):
             x = _mxfp4.quantize(torch.randn(shape, device=device), "even")
             for out_dtype in _mxfp4.INPUT_DTYPES:
                 yield (*x, *weight), {"out_dtype": out_dtype, **keywords}
                 yield (*x, *weight, bias), {"out_dtype": out_dtype, **keywords}
 
 
-def weights(device: torch.device) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, object]]]:
-    """A weight of 40 rows of 160, in each layout, with the keywords that say so."""
+def weights(device: torch.device) -> Iterator[tuple[tuple[Tensor, Tensor], dict[str, object], int, int]]:
+    """A weight in each layout, the keywords that say so, N and K."""
     codes, scales = _mxfp4.quantize(torch.randn(40, 160, device=device), "even")
-    yield (codes, scales), {}
+    yield (codes, scales), {}, 40, 160
     w_codes, w_scales, shift = _mxfp4_weight.prepare(codes, scales)
-    yield (w_codes, w_scales), {"layout": "tiles", "rows": 40, "shift": shift}
+    yield (w_codes, w_scales), {"layout": "tiles", "rows": 40, "shift": shift}, 40, 160
+    codes, scales = _mxfp4.quantize(torch.randn(32, 256, device=device), "even")
+    yield _mxfp4_weight.shuffle(codes, scales), {"layout": "shuffled", "rows": 32}, 32, 256
 
 
 OP = declare(

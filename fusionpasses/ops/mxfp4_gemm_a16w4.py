@@ -72,9 +72,9 @@ def fake(
 
 
 def samples(device: torch.device) -> Iterator[Sample]:
-    for weight, keywords in weights(device):
-        bias = torch.randn(40, device=device)
-        for shape in ((5, 160), (2, 3, 160), (0, 160), (160,)):
+    for weight, keywords, n, k in weights(device):
+        bias = torch.randn(n, device=device)
+        for shape in ((5, k), (2, 3, k), (0, k), (k,)):
             for dtype in _mxfp4.INPUT_DTYPES:
                 x = torch.randn(shape, device=device).to(dtype)
                 yield (x, *weight), dict(keywords)

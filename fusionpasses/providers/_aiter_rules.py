@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionpasses._aiter_numerics import serves
+from fusionpasses._aiter_numerics import function_for, serves
 from fusionpasses.probes import Verdict
 
 #: AITER's kernels compute these offsets in 32 bits.
@@ -26,6 +26,12 @@ _LARGEST_TENSOR = 2**20
 
 #: Parts into which AITER's tuned configurations cut K, at most; kept with a margin.
 _MOST_PARTS = 32
+
+
+#: From so many tokens on, AITER's product of a shuffled weight takes their scales shuffled, too.
+MANY_TOKENS = 32
+#: And rows of them as a multiple of this.
+SCALE_ROWS = 256
 
 
 class Target(NamedTuple):
@@ -64,7 +70,7 @@ def accepts(op: str, arguments: Mapping[str, Any], release: str, target: Target,
         target: what AITER's kernels are compiled for, and by what.
         finite: the user has promised what ``_aiter_numerics.PROMISE`` says.
     """
-    answer = serves(op, release, finite=finite)
+    answer = serves(op, release, finite=finite, function=function_for(op, arguments))
     if not answer:
         return answer
     call = Call(arguments, target)
@@ -313,9 +319,9 @@ def _no_bias(call: Call) -> str | None:
     return None if call.of("bias") is None else "bias: got one; AITER's product has none, and ours is rounded once"
 
 
-def _linear_layout(call: Call) -> str | None:
+def _layout_of_aiter(call: Call) -> str | None:
     layout = call.of("layout")
-    return None if layout == "linear" else f"layout: got {layout!r}; AITER has layouts of its own, or takes 'linear'"
+    return None if layout in ("linear", "shuffled") else f"layout: got {layout!r}; AITER reads 'linear' and 'shuffled'"
 
 
 def _sixteen_bits_out(call: Call) -> str | None:
@@ -339,13 +345,26 @@ def _contiguous_codes(call: Call) -> str | None:
 
 def _partial_sums_in_32_bits(call: Call) -> str | None:
     x, w = call.of("x_codes"), call.of("w_codes")
-    rows, n = x.shape[:-1].numel(), w.shape[0]
+    rows, n = x.shape[:-1].numel(), call.of("rows") or w.shape[0]
     reach = max(x.numel(), w.numel(), rows * n * _MOST_PARTS if rows <= 256 else 0)
     return None if reach < _INT32 else f"offsets: got up to {reach}; AITER computes them in 32 bits"
 
 
 def _some_weight(call: Call) -> str | None:
     return None if call.of("w_codes").numel() > 0 else "w_codes: got no rows; AITER divides by their number"
+
+
+def tile_of_shuffled(tile: Mapping[str, Any], rows: int, n: int, width: int) -> str | None:
+    """The reason why AITER's product of ``rows`` tokens and a shuffled weight must not have this tile, or None."""
+    m, columns, depth = tile["BLOCK_SIZE_M"], tile["BLOCK_SIZE_N"], tile["BLOCK_SIZE_K"]
+    if n % columns != 0:
+        return f"N: got {n} with AITER's tile of {columns}; it reads beyond the weight, unchecked"
+    if width % depth != 0:
+        return f"K: got {width} with AITER's tile of {depth}; its kernel has no code for a rest"
+    # Scales of few tokens are as they are, of others in pieces of 32 rows, padded to SCALE_ROWS.
+    if m > 16 if rows < MANY_TOKENS else m < 32 or SCALE_ROWS % m != 0:
+        return f"tokens: got {rows} with AITER's tile of {m}; it would read their scales in the other layout"
+    return None
 
 
 _NORM: tuple[Rule, ...] = (_even_scales, _row_fits, _a_weight, _own_kernel_only_on_gfx1250)
@@ -402,7 +421,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "mxfp4_gemm.default": (
         _fp4_arithmetic,
         _no_bias,
-        _linear_layout,
+        _layout_of_aiter,
         _sixteen_bits_out,
         _width_in_256,
         _rows("x_codes")[0],

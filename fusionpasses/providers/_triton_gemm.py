@@ -4,6 +4,8 @@ Few tokens: a kernel of ours, from codes to sums. Many: the weight as bfloat16 i
 torch's product (cuBLAS, hipBLASLt). Which one is a function of the number of tokens and the architecture, so of nothing
 that is in device memory; the numbers multiplied are the same in both, exactly those that codes and scales mean.
 
+No kernel here reads layout "shuffled": its bytes are put back in the order of "linear" for the call, in scratch.
+
 x that is not bfloat16 is taken apart into two (float16) or three (float32) tensors of bfloat16 whose sum it is, but for
 what is below 2**-133. Their products are exact, too, and are added in float32.
 """
@@ -42,7 +44,7 @@ def _mxfp4_gemm(
     if out.numel() == 0:
         return out
     x_codes, x_scales = _whole_words(x_codes.contiguous()), x_scales.contiguous()
-    w_codes, w_scales = _whole_weight(w_codes, w_scales, layout)
+    w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
         kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, w4a4=True, layout=layout)
@@ -85,7 +87,7 @@ def _mxfp4_gemm_a16w4(
         return out
     gpu = arch.of(x.device)
     x = _whole_rows(x)
-    w_codes, w_scales = _whole_weight(w_codes, w_scales, layout)
+    w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
     pieces = _PIECES[x.dtype]
     with _launch.on_device_of(x):
         if pieces > 1:
@@ -278,9 +280,21 @@ def _aligned(bytes_: Tensor) -> Tensor:
     return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()
 
 
-def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor, str]:
+    """A weight in a layout that kernels read, from addresses from which they can, and which layout."""
+    if layout == "shuffled":
+        width = scales.shape[1]
+        in_order = _launch.scratch(codes, (codes.numel() * 2 // width, width // 2), torch.uint8)
+        of_blocks = _launch.scratch(codes, (len(in_order), width // _mxfp4.BLOCK), torch.uint8)
+        _launch.torch_call(_unshuffle, codes, scales, in_order, of_blocks)
+        return in_order, of_blocks, "linear"
     # Scales as checkpoints have them are loaded one by one.
-    return _whole_words(codes), scales if layout == "linear" else _whole_words(scales)
+    return _whole_words(codes), scales if layout == "linear" else _whole_words(scales), layout
+
+
+def _unshuffle(codes: Tensor, scales: Tensor, *out: Tensor) -> None:
+    for target, source in zip(out, _mxfp4_weight.in_order(codes, scales), strict=True):
+        target.view(source.shape).copy_(source)
 
 
 def _whole_rows(x: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionpasses._aiter_numerics import CAPABILITY
+from fusionpasses._aiter_numerics import CAPABILITY, function_for
+from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.kernels import arch
-from fusionpasses.ops import _mxfp4
+from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.probes import Verdict
 from fusionpasses.providers import _aiter_import, _aiter_rules, triton
 from fusionpasses.providers._aiter_rules import row_stride, slot_stride
@@ -172,8 +173,28 @@ def _write_cache(
 def _gemm(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
     x_codes, x_scales, out_dtype = arguments["x_codes"], arguments["x_scales"], arguments["out_dtype"]
     w_codes, w_scales = arguments["w_codes"], arguments["w_scales"]
-    out = function(_matrix(x_codes), w_codes, _matrix(x_scales), w_scales, out_dtype)
-    return out.view(*x_codes.shape[:-1], w_codes.shape[0])
+    if arguments["layout"] == "linear":
+        out = function(_matrix(x_codes), w_codes, _matrix(x_scales), w_scales, out_dtype)
+        return out.view(*x_codes.shape[:-1], w_codes.shape[0])
+    codes, scales = _matrix(x_codes), _matrix(x_scales)
+    tile = _tile(function, arguments)
+    if len(scales) >= _aiter_rules.MANY_TOKENS:
+        scales = torch.nn.functional.pad(scales, (0, 0, 0, -len(scales) % _aiter_rules.SCALE_ROWS), value=127)
+        scales = _mxfp4_weight.shuffled_scales(scales)
+    out = function(codes, w_codes, scales, w_scales, out_dtype, None, tile)
+    return out.view(*x_codes.shape[:-1], arguments["rows"])
+
+
+def _tile(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The tile of AITER's table for a product of a shuffled weight, all of K in one program.
+
+    Where it has parts of K, AITER takes K for twice as long and reads beyond the rows of both operands: sums were NaN
+    with 2 and 4 parts, in the interpreter.
+    """
+    x = arguments["x_codes"]
+    sizes = x.shape[:-1].numel(), arguments["rows"], x.shape[-1]
+    tile, _ = sys.modules[function.__module__]._get_config(*sizes, True)
+    return {**tile, "NUM_KSPLIT": 1}
 
 
 _RUN: dict[str, _Run] = {
@@ -195,13 +216,31 @@ def judge(op: str, arguments: dict[str, Any], *, finite: bool) -> Verdict:
     Raises:
         ProviderUnavailable: AITER cannot be imported, or what it has is of no known release.
     """
-    function, release = _aiter_import.load(CAPABILITY[op])
+    name = function_for(op, arguments)
+    try:
+        function, release = _aiter_import.load(name)
+    except ProviderUnavailable as error:
+        if name == CAPABILITY[op]:
+            raise
+        return Verdict(False, str(error))  # other calls of the op are AITER's
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     target = _aiter_rules.Target(arch.of(device).name, _keeps_zeros())
     answer = _aiter_rules.accepts(op, arguments, release, target, finite=finite)
     if answer and getattr(sys.modules.get(function.__module__), "_USE_GEMM_SPLITK_BF16", False):
         return Verdict(False, "set_use_gemm_splitk_bf16(True) was called: AITER rounds partial sums to bfloat16")
+    if answer and arguments.get("layout") == "shuffled":
+        reason = _tile_refused(function, arguments)
+        return answer if reason is None else Verdict(False, reason)
     return answer
+
+
+def _tile_refused(function: Callable[..., Any], arguments: dict[str, Any]) -> str | None:
+    x = arguments["x_codes"]
+    sizes = x.shape[:-1].numel(), arguments["rows"], x.shape[-1] * 2
+    try:
+        return _aiter_rules.tile_of_shuffled(_tile(function, arguments), *sizes)
+    except Exception as error:  # no file of tiles for this GPU, or the table has changed
+        return f"layout: got 'shuffled', and AITER's table of tiles failed with {type(error).__name__}: {error}"
 
 
 @functools.cache
@@ -221,7 +260,7 @@ def _adapter(op: str, finite: bool) -> Callable[..., Any]:
         if not answer:
             log.debug("%s by Triton: %s", op, answer.why)
             return triton.ADAPTERS[op](*args, **kwargs)
-        function, release = _aiter_import.load(CAPABILITY[op])
+        function, release = _aiter_import.load(function_for(op, arguments))
         return run(function, release, arguments)
 
     return adapter
