@@ -177,11 +177,11 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"  {name:{width}}  {'yes' if row['ok'] else 'no ':3}  {row['why']}" for name, row in answers.items()]
     lines += ["", f"who runs each op on device type {found['device_type']!r} (* the choice, yes: could, -: cannot):"]
     lines += _table(found["ops"]) + _reasons(found["ops"])
-    lines += [
-        "",
-        "AITER's kernels beside our ops: what keeps each from calls, and the setting that admits it:",
-    ]
-    lines += _standings(found["ops"])
+    if answers["aiter"]["ok"] or answers["hip"]["ok"] or str(found["requested"]).startswith("aiter"):
+        lines += ["", "AITER's kernels beside our ops: what keeps each from calls, and the setting that admits it:"]
+        lines += _standings(found["ops"])
+    else:
+        lines += ["", "AITER and ROCm are not here; --provider aiter lists what keeps AITER's kernels from calls"]
     lines += ["", *(f"problem: {problem}" for problem in found["problems"])]
     lines += [f"advice: {advice}" for advice in found["advice"]]
     if not found["problems"]:

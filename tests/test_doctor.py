@@ -215,7 +215,7 @@ def test_aiter_that_is_asked_for_and_missing_is_a_problem(no_gpu, capsys):
 def test_what_numerics_rule_out_is_said_with_the_switch(no_gpu, capsys):
     """For every op: each function of AITER's that comes near it, in JSON and as text."""
     _, found = examined(capsys)
-    _, out = run(capsys)
+    _, out = run(capsys, "--provider", "aiter")
     for op, row in found["ops"].items():
         assert row["aiter"], op
         for each in row["aiter"]:
@@ -242,6 +242,17 @@ def test_what_numerics_rule_out_is_said_with_the_switch(no_gpu, capsys):
     with pytest.raises(ProviderUnavailable) as raised:
         providers.select("dynamic_mxfp4_quant.default", "cpu", "aiter")
     assert why in str(raised.value)
+
+
+def test_numerics_of_aiter_are_listed_where_somebody_has_use_for_them(gpu, capsys, monkeypatch):
+    heading = "AITER's kernels beside our ops"
+    _, out = run(capsys)
+    assert heading not in out
+    assert "--provider aiter lists what keeps AITER's kernels from calls" in out
+    for arguments in (("--provider", "aiter"), ("--provider", "aiter_finite")):
+        assert heading in run(capsys, *arguments)[1]
+    monkeypatch.setattr("fusionpasses.probes.probe_aiter", lambda: Verdict(True, "AITER at a place"))
+    assert heading in run(capsys)[1]
 
 
 def test_an_aiter_that_is_here_is_chosen_where_it_is_exact(gpu, capsys, monkeypatch):
