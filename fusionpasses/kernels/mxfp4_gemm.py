@@ -70,7 +70,8 @@ def decodes_tokens(tokens: int, rows: int, width: int) -> bool:
     """Does every program decode MXFP4 x? Else it is put in order, and made bfloat16, once for all.
 
     That is a launch more, which takes longer than to decode a few. A large weight's programs for 16 tokens have no
-    registers left for it; programs with much of K are few, so little is decoded twice.
+    registers left for it. Of the others, on an H200 and with 16 tokens, 7168 x 2048 is faster with x in order and
+    2112 x 7168 is slower; nothing between them was measured.
     """
     return tokens <= 8 or (tokens <= 16 and rows < width and rows * width < LARGE)
 

@@ -4,8 +4,8 @@ The choice depends on the device type and the probes only, so it can be made at 
 it as the ``provider`` argument of the op. Eager calls (``provider="auto"``) use the same function.
 
 "aiter" and "aiter_finite" name a rule rather than a kernel: AITER runs the calls that it is proved to run exactly, and
-Triton the others. It is not settled when compiling, because it asks for sizes and strides that may be symbols then;
-what the rule is, and what it comes to where that can be foreseen, is a remark of the report.
+Triton the others. It asks for sizes and strides: where they are numbers when compiling, ``who_runs.settle`` asks then,
+and writes the answer into the graph; where they are symbols, the rule stays there, and each call is asked.
 """
 
 from __future__ import annotations
