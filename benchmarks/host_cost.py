@@ -4,8 +4,9 @@
 
 - bare: ``kernel[grid](...)`` with the arguments that the op launches it with, outputs already allocated.
 - eager: the op, called from Python, under torch.no_grad().
-- compiled: the op, called from what torch.compile generates in its default mode. One call's share is the difference
-  of two graphs, of which one has twice as many calls, so that guards and the call of the graph drop out.
+- compiled: the op, called from what torch.compile generates with ``fusion_backend()`` in its default mode. One call's
+  share is the difference of two graphs, of which one has twice as many calls, so that guards and the call of the graph
+  drop out.
 - new rows: the op, called eagerly with a number of rows that it has not seen; the kernel is compiled.
 
 A sample is the CPU time of some calls in a row, after the GPU was waited for and without waiting for it again: fewer
@@ -21,6 +22,7 @@ import argparse
 import gc
 import json
 import operator
+import re
 import statistics
 import sys
 import time
@@ -33,7 +35,8 @@ import triton
 from torch._inductor.utils import run_and_get_code
 
 from benchmarks import rope_mla_kv_cache
-from fusionpasses.ops import OPS
+from fusionpasses import fusion_backend
+from fusionpasses.ops import OPS, _mxfp4_weight
 from fusionpasses.providers import _launch
 from fusionpasses.providers.triton import ADAPTERS
 
@@ -52,6 +55,18 @@ def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[A
         nope = ("up", "w_uk") if "bmm" in name else ("q_nope",) if "absorbed" in name else ()
         names = (*nope, "q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
         return tuple(b[name] for name in names), rope_mla_kv_cache.KWARGS | {"positions": b["positions"]}
+    if "gemm" in name:
+        # As many rows as x has columns, prepared.
+        n = x.shape[-1]
+        codes = torch.randint(0, 256, (n, n // 2), dtype=torch.uint8, device=x.device)
+        scales = torch.randint(118, 126, (n, n // 32), dtype=torch.uint8, device=x.device)
+        codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
+        kwargs = {"layout": "tiles", "rows": n, "shift": shift}
+        if "a16w4" in name:
+            return (x, codes, scales, None), kwargs
+        return (*torch.ops.fusionpasses.dynamic_mxfp4_quant(x), codes, scales, None), kwargs | {"out_dtype": x.dtype}
+    if "silu" in name:
+        return (x, x.clone()), {"activation": "silu", "cast_order": "cast_mul"}
     if "norm" not in name:
         return (x,), {"scale_mode": "even"}
     tensors = (x, x.clone()) if "add" in name else (x,)
@@ -121,9 +136,9 @@ def _compiled(overload: Any, count: int, tensors: list[torch.Tensor], rest: Any,
         outputs = [overload(*tensors, *rest, provider="triton", **kwargs) for _ in range(count)]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
-    compiled = torch.compile(graph, fullgraph=True)
+    compiled = torch.compile(graph, fullgraph=True, backend=fusion_backend(passes=()))
     _, sources = run_and_get_code(compiled, *tensors)
-    called = sum(source.count(f"torch.ops.{overload}(") for source in sources)
+    called = sum(len(re.findall(rf"\b{re.escape(str(overload))}\(", source)) for source in sources)
     if called != count:
         raise RuntimeError(f"{overload}: the compiled graph has {called} calls, not {count}")
     return compiled

@@ -88,10 +88,12 @@ class FusionBackend:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
+        from fusionpasses import direct_calls
         from fusionpasses.dynamo_floats import specialize_norm_eps
         from fusionpasses.pipeline import Pipeline, compose
 
         patches = resolve_inductor_options(mode, options)
+        direct_calls.register()
         specialize_norm_eps(gm, self.anchors)
         dump = DumpFolder.from_environment()
         session = _Session(self, str(CompileContext.current_compile_id() or "?"), records.SourceIndex(gm))

@@ -242,6 +242,11 @@ def compose(user: Any, pipeline: Pipeline) -> tuple[CustomGraphPass, str]:
     )
 
 
+def is_ours(hook: object) -> bool:
+    """Is this value of Inductor's hook one that :func:`compose` has made?"""
+    return isinstance(hook, (Pipeline, _Chain))
+
+
 def readable(module: fx.GraphModule) -> str:
     """The graph as Python text with shapes, strides and source lines, as Inductor's own logs print it."""
     text = str(module.print_readable(print_output=False, include_stride=True, include_device=True))

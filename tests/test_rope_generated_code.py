@@ -124,9 +124,7 @@ def traffic(code: str, caches: set[tuple[int, ...]]) -> Traffic:
         if re.match(r"\s*(cpp_fused\w*|\w+\.run|aten\.\w+.*|torch\.ops\.aten.*)\(", line):
             kernels += bool(set(re.findall(r"\w+", line)) & names)
     large = [size for size in sizes if size >= smallest]
-    return Traffic(
-        len(large), sum(large) / (CAPACITY * WIDTH), kernels, body.count(f" = torch.ops.fusionpasses.{FUSED_OP}.")
-    )
+    return Traffic(len(large), sum(large) / (CAPACITY * WIDTH), kernels, body.count(f" = fusionpasses.{FUSED_OP}."))
 
 
 def compile_and_run(names: tuple[str, ...], backend: Any, dynamic: bool) -> Traffic:

@@ -13,9 +13,10 @@ from fusionpasses.ops import (
     rmsnorm_mxfp4_quant,
     silu_mul_mxfp4_quant,
 )
-from fusionpasses.ops._op import OPS, Op
+from fusionpasses.ops._op import DIRECT, OPS, Op
 
 __all__ = [
+    "DIRECT",
     "OPS",
     "Op",
     "concat_and_cache_mla",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,6 +58,10 @@ class Op:
 
 #: Every op overload by name; the contract tests walk this.
 OPS: dict[str, Op] = {}
+
+#: ``DIRECT.<packet>.<overload>(...)``: the call of an op without torch's dispatcher, which takes longer than all the
+#: rest of a call that is replayed. For code that Inductor generates (``direct_calls.py``): plain tensors, no gradient.
+DIRECT = types.SimpleNamespace()
 
 
 def declare(
@@ -109,6 +114,14 @@ def declare(
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload(*args, **kwargs)
 
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+            # A mode or a profiler sees what the dispatcher sees.
+            return op.overload(*args, **kwargs)
+        return replayed(*args, **kwargs)
+
+    packet = DIRECT.__dict__.setdefault(op.packet_name, types.SimpleNamespace())
+    setattr(packet, name.rpartition(".")[2], direct)
     _library.impl(qualified, replayed, "CompositeExplicitAutograd")
     _library.impl(qualified, refuse_gradients, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", run_fake, lib=_library)

@@ -44,6 +44,9 @@ class _Launch(NamedTuple):
     constants: dict[str, Any]
 
 
+#: One thing that a replayed call does: with its arguments and what it has made, their addresses, and the stream.
+_Step = Callable[[tuple[Any, ...], tuple[Any, ...], int], None]
+
 #: Launches for the arguments given, and returns what the op does; _UNUSABLE if it must not be used now.
 _Plan = Callable[[tuple[Any, ...]], Any]
 _UNUSABLE = object()
@@ -208,14 +211,12 @@ def _as_returned(outputs: Any) -> Callable[[tuple[Tensor, ...]], Any]:
     return lambda made: made[0]
 
 
-def _call_again(call: Callable[..., None], tensors: tuple[int, ...]) -> Callable[[tuple[Any, ...]], None]:
-    return lambda pool: call(*[pool[place] for place in tensors])
+def _call_again(call: Callable[..., None], tensors: tuple[int, ...]) -> _Step:
+    return lambda pool, pointers, stream: call(*[pool[place] for place in tensors])
 
 
-def _launch_again(
-    launched: _Launch, places: dict[int, int], pooled: int, others: list[Any]
-) -> Callable[[tuple[Any, ...]], None] | None:
-    """A launch with arguments from the pool; what is no tensor is added to ``others``, which follow it."""
+def _launch_again(launched: _Launch, places: dict[int, int], pooled: int, others: list[Any]) -> _Step | None:
+    """A launch with arguments from the pointers; what is no tensor is added to ``others``, which follow them."""
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction
 
@@ -236,9 +237,13 @@ def _launch_again(
         else:
             return None
     in_order = operator.itemgetter(*order)
-    # Indexing a compiled kernel launches on the current stream and calls Triton's launch hooks.
-    start = compiled[(*grid, 1, 1)[:3]]
-    return lambda pool: start(*in_order(pool))
+    x, y, z = (*grid, 1, 1)[:3]
+    compiled[x, y, z]  # loads it, if it was not
+    # As Triton's own launch does, but for hooks, of which there are none, and pointers, which it would look up.
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    return lambda pool, pointers, stream: run(
+        x, y, z, stream, function, metadata, None, None, None, *in_order(pointers)
+    )
 
 
 def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
@@ -254,7 +259,7 @@ def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
 
 
 def _replay(
-    steps: tuple[Callable[[tuple[Any, ...]], None], ...],
+    steps: tuple[_Step, ...],
     kernels: tuple[Any, ...],
     others: tuple[Any, ...],
     device: torch.device,
@@ -263,6 +268,7 @@ def _replay(
     returned: Callable[[tuple[Tensor, ...]], Any],
 ) -> _Plan:
     from triton import knobs
+    from triton.runtime import driver
 
     runtime, compilation = knobs.runtime, knobs.compilation
     debug, instrumentation = runtime.debug, compilation.instrumentation_mode
@@ -280,17 +286,31 @@ def _replay(
             or compilation.instrumentation_mode != instrumentation
             # of a profiler or a test; they want Triton's own launch
             or any(kernel.pre_run_hooks for kernel in kernels)
+            or _calls(runtime.launch_enter_hook)
+            or _calls(runtime.launch_exit_hook)
         ):
             return _UNUSABLE
         made = tuple([empty(*output) for output in outputs])
-        pool = (*values, *made, *others)
+        pool = (*values, *made)
+        pointers = (*_addresses(pool), *others)
+        stream = driver.active.get_current_stream(driver.active.get_current_device() if index is None else index)
         for step in steps:
-            step(pool)
+            step(pool, pointers, stream)
         if mutated:
             torch.autograd.graph.increment_version([values[place] for place in mutated])
         return returned(made)
 
     return replay
+
+
+def _addresses(pool: tuple[Any, ...]) -> list[Any]:
+    """What a launch is given of tensors. Triton would ask the driver about each one's memory."""
+    return [each.data_ptr() if isinstance(each, Tensor) else each for each in pool]
+
+
+def _calls(hook: Any) -> bool:
+    """Does Triton's launch hook, None or a chain or a function, depending on the version, call anything?"""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @functools.cache

@@ -1,0 +1,58 @@
+"""Graphs of ``fusion_backend()`` call our ops without torch's dispatcher.
+
+Generated code calls a custom op as ``torch.ops...``. The dispatcher hands every argument from Python to C++ and back,
+which takes about as long as all the rest of a call that is replayed (``providers/_launch.py``). Generated code has
+plain tensors and no gradients, so nothing is lost by going straight to what the dispatcher would call: ``ops.DIRECT``.
+A profiler or a dispatch mode that is there at run time still sees the op.
+
+A lowering is registered for each op. It makes the very node that Inductor makes of a custom op by itself, constraints
+on strides and all, but for the name that is written into the code. That is for our graphs alone: the key of a compiled
+graph in Inductor's cache has a hash of this package's sources only there, and what was written for one version of it
+must not be found by another.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fusionpasses.ops import OPS
+from fusionpasses.pipeline import is_ours
+
+
+@functools.cache
+def register() -> None:
+    """Register the lowerings, once for a process."""
+    from torch._inductor import config, ir, lowering
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    class DirectKernel(ir.FallbackKernel):
+        """A call of one of our ops in generated code."""
+
+        def codegen(self, wrapper: Any) -> None:
+            # With cpp_wrapper the name is that of an op for the dispatcher.
+            if is_ours(config.post_grad_custom_pre_pass) and not V.graph.cpp_wrapper:
+                wrapper.add_import_once("from fusionpasses.ops import DIRECT as fusionpasses")
+                self.python_kernel_name = str(self.op_overload)
+            super().codegen(wrapper)
+
+    def boxed(made: Any) -> Any:
+        if not isinstance(made, ir.IRNode):
+            return made
+        wrap = getattr(made, "wrap_for_lowering", None)  # since torch 2.13
+        return ir.TensorBox.create(made) if wrap is None else wrap()
+
+    def lower(overload: torch._ops.OpOverload) -> Any:
+        def lowered(*args: Any, **kwargs: Any) -> Any:
+            return pytree.tree_map(boxed, DirectKernel.create(overload, *args, **kwargs))
+
+        return lowered
+
+    for op in OPS.values():
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op.overload, with_default=True))
+        lowering.make_fallback(op.overload, layout_constraint=constraint, warn=False)
+        lowering.register_lowering(op.overload, type_promotion_kind=None)(lower(op.overload))

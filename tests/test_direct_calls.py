@@ -1,0 +1,117 @@
+"""Generated code calls our ops without the dispatcher, with the same results, and whoever watches still sees them."""
+
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusionpasses import fusion_backend
+from fusionpasses.ops import DIRECT, OPS
+
+ours = torch.ops.fusionpasses
+
+
+def quantized(x):
+    codes, scales = ours.dynamic_mxfp4_quant(x * 2)
+    return codes + 1, scales
+
+
+def product(x):
+    weight = ours.dynamic_mxfp4_quant(x.flip(0).contiguous())
+    return ours.mxfp4_gemm(*ours.dynamic_mxfp4_quant(x), *weight, None, out_dtype=x.dtype)
+
+
+def cache_write(x):
+    cache = x.new_zeros(8, 64)
+    ours.concat_and_cache_mla(x[:, :48].contiguous(), x[:, 48:].contiguous(), cache, torch.arange(len(x)))
+    return cache * 2
+
+
+MODELS = {"dynamic_mxfp4_quant": quantized, "mxfp4_gemm": product, "concat_and_cache_mla": cache_write}
+
+
+def compiled_and_code(model, x, **kwargs):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=fusion_backend(), fullgraph=True, **kwargs)
+    with fresh_cache(), torch.no_grad():
+        got, (code,) = run_and_get_code(compiled, x)
+    return compiled, got, code
+
+
+def assert_equal(got, want):
+    for one, two in zip(*(value if isinstance(value, tuple) else (value,) for value in (got, want)), strict=True):
+        assert torch.equal(one, two)
+        assert one.stride() == two.stride()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_generated_code_goes_straight_to_the_op(name, dynamic):
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    compiled, got, code = compiled_and_code(MODELS[name], x, dynamic=dynamic)
+    assert_equal(got, MODELS[name](x))
+    body = code[code.index("def call(") :]
+    assert f"fusionpasses.{name}.default(" in body
+    assert not re.search(r"torch\.ops\.fusionpasses[.\w]*\(", body)
+    for rows in (3, 7):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert_equal(compiled(x), MODELS[name](x))
+
+
+def test_every_op_has_its_direct_call():
+    for name, op in OPS.items():
+        packet, overload = name.split(".")
+        assert str(op.overload) == f"fusionpasses.{name}"  # what is written into generated code
+        assert callable(getattr(getattr(DIRECT, packet), overload))
+
+
+def test_a_direct_call_checks_its_arguments():
+    with pytest.raises(Exception, match="x"):
+        DIRECT.dynamic_mxfp4_quant.default(torch.zeros(2, 33))
+
+
+def test_a_profiler_sees_the_op():
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    compiled, *_ = compiled_and_code(quantized, x)
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        compiled(x)
+    assert "fusionpasses::dynamic_mxfp4_quant" in {event.name for event in profiler.events()}
+
+
+def test_a_dispatch_mode_sees_the_op():
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    compiled, *_ = compiled_and_code(quantized, x)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        DIRECT.dynamic_mxfp4_quant.default(x)
+        assert seen == [ours.dynamic_mxfp4_quant.default]
+    with torch.no_grad():
+        assert_equal(compiled(x), quantized(x))
+
+
+def test_with_cpp_wrapper_the_dispatcher_is_asked():
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    _, got, code = compiled_and_code(quantized, x, options={"cpp_wrapper": True})
+    assert_equal(got, quantized(x))
+    assert "DIRECT" not in code
+
+
+def test_plain_inductor_asks_the_dispatcher():
+    """Its cache would hand the code to another version of this package."""
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    compiled_and_code(quantized, x)
+    torch._dynamo.reset()
+    with torch.no_grad(), fresh_cache():
+        got, (code,) = run_and_get_code(torch.compile(product, fullgraph=True), x)
+    assert_equal(got, product(x))
+    assert "DIRECT" not in code
+    assert "= torch.ops.fusionpasses.mxfp4_gemm.default(" in code
