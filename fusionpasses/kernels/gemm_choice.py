@@ -31,7 +31,8 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
         options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)
         return Choice("mxfp4_gemm_wgmma", options, f"more tokens, a large prepared weight, and {arch.name}")
     if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
-        options = mxfp4_gemm.launch_options(tokens, rows, width, arch, layout)
+        decodes = w4a4 and mxfp4_gemm.decodes_tokens(tokens, rows, width)
+        options = mxfp4_gemm.launch_options(tokens, rows, width, arch, layout, decodes=decodes)
         return Choice("mxfp4_gemm", options, f"few tokens, and {arch.name} has its PTX")
     if layout == "linear" and mxfp4_gemm_dot.for_dot(tokens, arch, w4a4=w4a4):
         options = mxfp4_gemm_dot.launch_options(tokens, rows, width, arch, w4a4)

@@ -41,19 +41,23 @@ from fusionpasses.kernels.arch import Arch
 #: A weight of so many codes and more is large: it is not in the L2 cache when it is read a second time.
 LARGE = 2**26
 
-#: Row tiles, warps and stages for 8, 16 and 32 tokens: the best of some 30 each on an H200, for 18432 x 7168,
-#: 2112 x 7168 and 7168 x 2048.
+#: Row tiles, warps and stages for 8, 16 and 32 tokens. Up to 24 of each were measured, with up to 8 parts of K, on an
+#: H200 for 13 weights between 576 x 7168 and 36864 x 7168; these are few of which one is good for each weight.
 _CHOICES = {
-    1: ((1, 8, 4), (3, 4, 4), (4, 8, 4)),
-    2: ((4, 8, 4), (5, 8, 3)),
-    4: ((3, 4, 4), (4, 4, 8), (4, 8, 4)),
+    1: ((1, 8, 4), (3, 8, 3), (4, 8, 4), (6, 8, 3)),
+    2: ((3, 4, 3), (4, 8, 4), (5, 8, 3), (6, 4, 3)),
+    4: ((2, 4, 4), (4, 8, 4)),
 }
+#: The same where x is decoded, for 8 tokens: more rows share what that costs.
+_CHOICES_OF_CODES = ((1, 8, 4), (3, 4, 3), (4, 8, 3), (5, 8, 3), (6, 8, 3))
 #: The same for LINEAR, of which nothing is on its way: a scale byte is too little to be copied to shared memory.
 _CHOICES_OF_LINEAR = {
-    1: ((1, 8, 0), (1, 4, 0)),
-    2: ((4, 8, 0),),
+    1: ((1, 4, 0),),
+    2: ((2, 8, 0), (3, 4, 0), (4, 8, 0)),
     4: ((3, 4, 0), (4, 8, 0)),
 }
+#: Warps of a multiprocessor that registers suffice for, and how many keep it busy.
+_WARPS = {1: (28, 12), 2: (16, 14), 4: (12, 12)}
 _MOST_SPLIT = 8
 
 
@@ -69,25 +73,33 @@ def for_few_tokens(tokens: int, rows: int, width: int, arch: Arch) -> bool:
 def decodes_tokens(tokens: int, rows: int, width: int) -> bool:
     """Does every program decode MXFP4 x? Else it is put in order, and made bfloat16, once for all.
 
-    That is a launch more, which takes longer than to decode a few. A large weight's programs for 16 tokens have no
-    registers left for it. Of the others, on an H200 and with 16 tokens, 7168 x 2048 is faster with x in order and
-    2112 x 7168 is slower; nothing between them was measured.
+    That is a launch more, which takes longer than to decode a few in the programs of a weight that is not large. With
+    16 tokens, on an H200, 7168 x 2048 is faster with x in order and 2112 x 7168 is slower; nothing between them was
+    measured.
     """
-    return tokens <= 8 or (tokens <= 16 and rows < width and rows * width < LARGE)
+    return rows * width < LARGE and (tokens <= 8 or (tokens <= 16 and rows < width))
 
 
-def launch_options(tokens: int, rows: int, width: int, arch: Arch, layout: str) -> dict[str, int | bool]:
-    """Tile and compile options: of the choices above and ways to cut K, what should take least time."""
+def launch_options(
+    tokens: int, rows: int, width: int, arch: Arch, layout: str, *, decodes: bool = False
+) -> dict[str, int | bool]:
+    """Tile and compile options: of the choices above and ways to cut K, what should take least time.
+
+    ``decodes``: every program decodes x.
+    """
     linear = layout == "linear"
-    # A large weight in LINEAR takes 16 tokens 70 us as 16, and 45 us as if they were 32.
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 and not (linear and rows * width >= LARGE) else 4
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    choices = _CHOICES_OF_LINEAR[token_tiles] if linear else _CHOICES[token_tiles]
+    if decodes and token_tiles == 1 and not linear:
+        choices = _CHOICES_OF_CODES
     columns = -(-width // 128)
     least = None
-    for row_tiles, most_warps, stages in (_CHOICES_OF_LINEAR if linear else _CHOICES)[token_tiles]:
+    for row_tiles, most_warps, stages in choices:
         k_warps = min(most_warps, triton.next_power_of_2(columns))
-        enough = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) >= 2 * arch.processors
-        for split in range(1, 2 if enough else max(1, min(_MOST_SPLIT, columns // k_warps)) + 1):
-            cost = _cost(tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors)
+        groups = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles))
+        most_split = 1 if groups >= 2 * arch.processors else max(1, min(_MOST_SPLIT, columns // k_warps))
+        for split in range(1, most_split + 1):
+            cost = _cost(tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors, decodes)
             if least is None or cost < least[0]:
                 least = cost, row_tiles, k_warps, stages, split
     _, row_tiles, k_warps, stages, split = least
@@ -112,17 +124,27 @@ def _cost(
     k_warps: int,
     split: int,
     processors: int,
+    decodes: bool,
 ) -> float:
-    """Time in tiles of the weight; one took 45 to 65 ns of a multiprocessor of an H200."""
+    """Microseconds on an H200, but for what all choices have in common.
+
+    What it chooses took at most 7 % longer than the best that was measured, 1 to 2 % on average, but for layout LINEAR
+    (18 %) and three small cases (12 %).
+    """
     programs = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) * split
-    busiest = -(-programs // processors)  # programs on one multiprocessor
-    tiles = busiest * row_tiles * -(-columns // (k_warps * split)) * k_warps
-    loads_of_x = 0.3 * token_tiles / row_tiles
-    too_few_warps = max(1.0, 8 / (busiest * k_warps))
-    begin_and_end = busiest * k_warps
+    tiles = row_tiles * -(-columns // (k_warps * split)) * k_warps
+    of_x = (0.042 if decodes else 0.012) * token_tiles / row_tiles
+    tile = 0.035 * (0.9 + 0.1 * token_tiles) + of_x
+    most_warps, enough_warps = _WARPS[token_tiles]
+    left = -(-programs // processors)  # of the multiprocessor that has most
+    cost = 0.0
+    while left > 0:
+        at_once = min(left, max(1, most_warps // k_warps))
+        too_few = max(1.0, enough_warps / (at_once * k_warps)) ** 0.5
+        cost += at_once * (tiles * tile * too_few + 0.02 * k_warps)
+        left -= at_once
     # A launch, and sums that are written and read.
-    another_kernel = 15 + split * tokens * rows / 35000 if split > 1 else 0
-    return tiles * (1 + loads_of_x) * too_few_warps + begin_and_end + another_kernel
+    return cost + (0.3 + split * (0.1 + 2e-6 * tokens * rows) if split > 1 else 0.0)
 
 
 @triton.jit
