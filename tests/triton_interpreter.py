@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def run(file: str, group: str) -> None:
@@ -24,6 +30,91 @@ def run(file: str, group: str) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@contextlib.contextmanager
+def without_needless_work() -> Iterator[None]:
+    """What kernels compute is the same; two thirds of the interpreter's time went into what is left out here."""
+    import pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        _patch_the_language_once_a_launch(patch)
+        _leave_out_checks_that_nobody_reads(patch)
+        _remember_types(patch)
+        yield
+
+
+def _patch_the_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
+    """Not at every call of a jitted function: that was more than a third of the time.
+
+    Within a launch, once for each module of the functions called is enough: what a launch patched stays so until it
+    ends, and patching it again changes nothing.
+    """
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang
+    launch = interpreter._LangPatchScope()  # empty, as a launch's is after it: none is under way
+    patched: set[int] = set()
+
+    def once(fn: Any) -> Any:
+        nonlocal launch
+        module = id(fn.__globals__)
+        if not launch._changes:
+            patched.clear()
+            launch = plain(fn)
+        elif module not in patched:
+            plain(fn)
+        patched.add(module)
+        return launch
+
+    patch.setattr(interpreter, "_patch_lang", once)
+
+
+def _leave_out_checks_that_nobody_reads(patch: pytest.MonkeyPatch) -> None:
+    """Sums of integers are computed in 64 bits, too, for an assertion of the device that is left out after that."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    assert not options.debug
+    patch.setattr(interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+
+
+def _remember_types(patch: pytest.MonkeyPatch) -> None:
+    """What a type of a block, a tensor's shape and a dtype of numpy's are made of: few, made for every operation."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    new_block_type, new_tensor, plain_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    blocks: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    dtypes: dict[str, Any] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (id(element_ty), *shape)
+        if key not in blocks:
+            new_block_type(self, element_ty, shape)
+            blocks[key] = (element_ty, dict(vars(self)))  # with the element's type: its id stays its own
+        else:
+            vars(self).update(blocks[key][1])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            new_tensor(self, handle, type)
+            shapes[key] = (self.numel, self.shape)
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.numel, self.shape = shapes[key]
+
+    def np_dtype(tt_dtype: Any) -> Any:
+        name = tt_dtype.name
+        if name not in dtypes:
+            dtypes[name] = plain_dtype(tt_dtype)
+        return dtypes[name]
+
+    patch.setattr(tl.block_type, "__init__", block_type)
+    patch.setattr(tl.tensor, "__init__", tensor)
+    patch.setattr(interpreter, "_get_np_dtype", np_dtype)
 
 
 def cast_bfloat16_as_gpus_do() -> None:
