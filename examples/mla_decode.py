@@ -7,7 +7,7 @@ writes are ordinary code. A batch of sequences of different lengths is prefilled
 by compiled code. Checked on the way:
 
 - in every layer the rotations and the cache write became ``fused_rope_mla_kv_cache``, and every norm and activation
-  that feeds a quantised linear became one op with its quant;
+  that feeds a quantised linear became one op with its quant; q_a's norm also does kv_a's, of the same rows;
 - each graph computes the same before and after the passes, byte for byte, when it is interpreted on its real input;
 - compiled code generates eager's tokens and caches, with the roundings that Inductor drops put back. On a GPU, where
   kernels sum in another order than eager and MXFP4 enlarges a last bit, its logits are near eager's instead.
@@ -313,12 +313,15 @@ LOGITS_OFF = {"cpu": 0.002, "cuda": 0.05}
 
 
 def expected_ops(config: MlaConfig) -> dict[str, int]:
-    """Of each graph, derived from the architecture: all norms but kv_a's and the last one feed a quantised linear."""
+    """Of each graph, derived from the architecture: all norms but kv_a's and the last one feed a quantised linear.
+
+    kv_a's is a part of q_a's op.
+    """
     layers = config.num_hidden_layers
     return {
         "fused_rope_mla_kv_cache": layers,
         "concat_and_cache_mla": 0,
-        "rmsnorm_mxfp4_quant": layers + 1,  # q_a's, and the very first, before which nothing is added
+        "rmsnorm_mxfp4_quant": layers + 1,  # q_a's with kv_a's, and the very first, before which nothing is added
         "rmsnorm_add_mxfp4_quant": 2 * layers - 1,
         "silu_mul_mxfp4_quant": layers,  # down_proj's
         "dynamic_mxfp4_quant": layers,  # o_proj's follows neither

@@ -1,8 +1,8 @@
 """What AITER computes, on the five things that decide bytes, and which of our ops it can run at all: ``serves``.
 
 ``NUMERICS`` has that for each function of AITER and each generation of its releases; ``standings`` is what doctor and
-the report say of it. Which calls of an op may go there is a question of their arguments: ``providers/_aiter_rules.py``.
-Nothing here imports AITER.
+the report say of it. A user chooses by the provider's name how much of it may differ: ``LEVELS``. Which calls of an op
+may go there is a question of their arguments: ``providers/_aiter_rules.py``. Nothing here imports AITER.
 
 The facts are from AITER's source (ROCm/aiter e404860, 2026-08-22, "new"; amd-aiter 0.1.7, "old") and from runs of its
 kernels in Triton's interpreter and on an H200. Nothing was run on an AMD GPU yet; ``pytest -m rocm`` is the check that
@@ -12,22 +12,53 @@ does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import enum
+import functools
+from typing import NamedTuple
 
 from fusionpasses._verdict import Verdict
 
+
+class Level(enum.IntEnum):
+    """How far AITER may be from our contract; each admits what those before it do."""
+
+    EXACT = 0  # the same bytes, whatever the inputs
+    FINITE = 1  # the same bytes, given the PROMISE
+    FAST = 2  # float32 is kept where our contract rounds: other bytes for ordinary inputs
+
+
+#: The names of the provider. "auto" takes the first.
+LEVELS = {"aiter": Level.EXACT, "aiter_finite": Level.FINITE, "aiter_fast": Level.FAST}
+
+#: What a user promises by asking for the provider "aiter_finite", or "aiter_fast".
+PROMISE = "nothing quantised, and no scale, is Inf, NaN or as large as 1.75 * 2**127"
+_SWITCHES = {
+    Level.EXACT: "provider='auto' and 'aiter' admit it",
+    Level.FINITE: f"provider='aiter_finite' admits it, if {PROMISE}",
+    Level.FAST: f"provider='aiter_fast' admits it, with other bytes for ordinary inputs, if {PROMISE}",
+}
+_NO_SWITCH = "no setting admits it"
+
+
+def switch(level: Level | None) -> str:
+    """The setting that admits what is of this level, in words; None: there is none."""
+    return _NO_SWITCH if level is None else _SWITCHES[level]
+
+
 #: How AITER's answer to one question of numerics stands to our contract.
 SAME = "the same"
-FINITE = "the same for finite inputs"  # the user may know what the metadata does not say: provider "aiter_finite"
+FINITE = "the same for finite inputs"
+UNROUNDED = "float32 where ours rounds"
+SOME_UNROUNDED = "float32 where ours rounds, in some calls"  # RULES say which
 BY_ARGUMENTS = "the same for some arguments"  # RULES say which
 DIFFERS = "different"
 
-#: What a user promises by asking for the provider "aiter_finite".
-PROMISE = "nothing quantised, and no scale, is Inf, NaN or as large as 1.75 * 2**127"
-_FINITE_SWITCH = f"provider='aiter_finite' admits it, if {PROMISE}"
-_NOTHING_TO_SWITCH = "no setting admits it"
-_NO_SWITCH = "no setting admits it, since ordinary inputs give other bytes"
+#: The least level that admits a difference; those that depend on the arguments are asked of each call.
+_LEAST = {SAME: Level.EXACT, FINITE: Level.FINITE, UNROUNDED: Level.FAST, DIFFERS: None}
+_OF_SOME_CALLS = {
+    SOME_UNROUNDED: "(where ours rounds, provider='aiter_fast' admits it)",
+    BY_ARGUMENTS: f"(else {_NO_SWITCH})",
+}
 
 
 class Fact(NamedTuple):
@@ -50,19 +81,26 @@ class Numerics:
     rounding: Fact
     cache_scaling: Fact = _NOTHING_SCALED
 
-    def against(self) -> list[str]:
-        """What differs from our contract, as ``dimension: what AITER does``."""
-        return self._which(DIFFERS)
+    def facts(self) -> dict[str, Fact]:
+        return {field.name.replace("_", " "): getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def against_unless_finite(self) -> list[str]:
-        return self._which(FINITE)
+    def against(self) -> list[str]:
+        """What differs from our contract in every call, as ``dimension: what AITER does``; the worst first."""
+        order = (DIFFERS, UNROUNDED, FINITE)
+        facts = self.facts().items()
+        return [f"{name}: {fact.theirs}" for agrees in order for name, fact in facts if fact.agrees == agrees]
 
     def by_call(self) -> list[str]:
-        return self._which(BY_ARGUMENTS)
+        """What differs in some calls, by their arguments, and, where a level admits others, what admits those."""
+        some = {name: fact for name, fact in self.facts().items() if fact.agrees in _OF_SOME_CALLS}
+        if self.least() is None:
+            return [f"{name}: {fact.theirs}" for name, fact in some.items()]
+        return [f"{name}: {fact.theirs} {_OF_SOME_CALLS[fact.agrees]}" for name, fact in some.items()]
 
-    def _which(self, agrees: str) -> list[str]:
-        facts = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return [f"{name.replace('_', ' ')}: {fact.theirs}" for name, fact in facts if fact.agrees == agrees]
+    def least(self) -> Level | None:
+        """The least level that admits any call; None if none does."""
+        levels = [_LEAST[fact.agrees] for fact in self.facts().values() if fact.agrees in _LEAST]
+        return None if None in levels else max(level for level in levels if level is not None)
 
 
 _EVEN = Fact("even", SAME)
@@ -88,7 +126,7 @@ _ROPE = Numerics(
     Fact(
         "bfloat16 angles: each product and the sum are rounded, as ours; float32 or float16: a product may be "
         "contracted into an FMA, and float32 angles leave k unrounded before it is scaled",
-        BY_ARGUMENTS,
+        SOME_UNROUNDED,
     ),
     Fact("row * (1 / scale) without saturation; ours saturates at 448", BY_ARGUMENTS),
 )
@@ -98,10 +136,11 @@ NUMERICS: dict[str, dict[str, Numerics]] = {
     "dynamic_mxfp4_quant": _quantising(Fact("none but that of the codes", SAME)),
     "fused_rms_mxfp4_quant": _quantising(
         Fact(
-            "float32 from the residual sum to the codes; the norm is that of the sum before it is rounded", BY_ARGUMENTS
+            "float32 from the residual sum to the codes; the norm is that of the sum before it is rounded",
+            SOME_UNROUNDED,
         )
     ),
-    "act_mul_and_mxfp4_quant": _quantising(Fact("float32 from gate and up to the codes", BY_ARGUMENTS)),
+    "act_mul_and_mxfp4_quant": _quantising(Fact("float32 from gate and up to the codes", SOME_UNROUNDED)),
     "fused_qk_rope_cat_and_cache_mla": {"new": _ROPE, "old": _ROPE},
     "fused_qk_rope_concat_and_cache_mla": {
         "new": Numerics(
@@ -110,9 +149,9 @@ NUMERICS: dict[str, dict[str, Numerics]] = {
             Fact("copied", SAME),
             # Our contract rounds each product where the angles have the dtype of q, and these must.
             Fact(
-                "float32 with angles of the dtype of q, which ours round at each step; FMAs are not excluded", DIFFERS
+                "float32 with angles of the dtype of q, which ours round at each step; FMAs are not excluded", UNROUNDED
             ),
-            Fact("row * (1 / scale) without saturation, of k that was not rounded before", DIFFERS),
+            Fact("row * (1 / scale) without saturation, of k that was not rounded before", BY_ARGUMENTS),
         )
     },
     "gemm_afp4wfp4": dict.fromkeys(
@@ -126,31 +165,24 @@ NUMERICS: dict[str, dict[str, Numerics]] = {
         ),
     ),
 }
-# The same sums. The first of old releases was never read.
-NUMERICS["gemm_afp4wfp4_preshuffle"] = {"new": NUMERICS["gemm_afp4wfp4"]["new"]}
-NUMERICS["gemm_afp4wfp4_preshuffled_scales"] = NUMERICS["gemm_afp4wfp4"]
+# The same sums. Those of old releases were never read.
+for _name in ("gemm_afp4wfp4_preshuffle", "gemm_afp4wfp4_preshuffled_scales"):
+    NUMERICS[_name] = {"new": NUMERICS["gemm_afp4wfp4"]["new"]}
 
-#: The function of AITER that runs an op of ours (``packet.overload``).
-CAPABILITY = {
-    "dynamic_mxfp4_quant.default": "dynamic_mxfp4_quant",
-    "rmsnorm_mxfp4_quant.default": "fused_rms_mxfp4_quant",
-    "rmsnorm_mxfp4_quant.with_norm": "fused_rms_mxfp4_quant",
-    "rmsnorm_add_mxfp4_quant.default": "fused_rms_mxfp4_quant",
-    "rmsnorm_add_mxfp4_quant.with_norm": "fused_rms_mxfp4_quant",
-    "silu_mul_mxfp4_quant.default": "act_mul_and_mxfp4_quant",
-    "fused_rope_mla_kv_cache.absorbed": "fused_qk_rope_cat_and_cache_mla",
-    "concat_and_cache_mla.default": "fused_qk_rope_cat_and_cache_mla",
-    "mxfp4_gemm.default": "gemm_afp4wfp4",
+#: The functions of AITER that run an op of ours (``packet.overload``), in the order in which a call tries them. Without
+#: the first, AITER is not had for the op.
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "dynamic_mxfp4_quant.default": ("dynamic_mxfp4_quant",),
+    "rmsnorm_mxfp4_quant.default": ("fused_rms_mxfp4_quant",),
+    "rmsnorm_mxfp4_quant.with_norm": ("fused_rms_mxfp4_quant",),
+    "rmsnorm_mxfp4_quant.with_second": ("fused_rms_mxfp4_quant",),
+    "rmsnorm_add_mxfp4_quant.default": ("fused_rms_mxfp4_quant",),
+    "rmsnorm_add_mxfp4_quant.with_norm": ("fused_rms_mxfp4_quant",),
+    "silu_mul_mxfp4_quant.default": ("act_mul_and_mxfp4_quant",),
+    "fused_rope_mla_kv_cache.absorbed": ("fused_qk_rope_cat_and_cache_mla", "fused_qk_rope_concat_and_cache_mla"),
+    "concat_and_cache_mla.default": ("fused_qk_rope_cat_and_cache_mla",),
+    "mxfp4_gemm.default": ("gemm_afp4wfp4", "gemm_afp4wfp4_preshuffle", "gemm_afp4wfp4_preshuffled_scales"),
 }
-
-#: The function that runs it instead where its argument ``layout`` is this.
-BY_LAYOUT = {"mxfp4_gemm.default": {"shuffled": "gemm_afp4wfp4_preshuffle"}}
-
-
-def function_for(op: str, arguments: Mapping[str, Any]) -> str:
-    """The function of AITER that a call of ``op`` (one of CAPABILITY) with these arguments is for."""
-    return BY_LAYOUT.get(op, {}).get(str(arguments.get("layout")), CAPABILITY[op])
-
 
 _NEEDS_ROTATED_K = "AITER leaves k of a token whose slot is negative unwritten; ours is rotated whatever the slot"
 _QUERY_ALONE = "AITER writes the query as [q_nope | rope(q_pe)], never rope(q_pe) alone"
@@ -168,13 +200,9 @@ NEVER = {
 }
 
 
-#: Functions of AITER that come near an op, and that no adapter calls, with the reason beside NUMERICS.
+#: Functions of AITER that come near an op, and that no adapter calls for it, with the reason.
 UNUSED: dict[str, dict[str, str]] = {
-    "fused_rope_mla_kv_cache.absorbed": {"fused_qk_rope_concat_and_cache_mla": ""},
     "concat_and_cache_mla.default": {"fused_qk_rope_concat_and_cache_mla": "it writes no cache without a query"},
-    "mxfp4_gemm.default": {
-        "gemm_afp4wfp4_preshuffled_scales": "it takes shuffled scales with codes that are not, which no layout is",
-    },
 }
 
 
@@ -188,7 +216,7 @@ class Standing:
         release: "new", "old", or "any" where they stand alike.
         ruled_out: what keeps it from calls under "auto" and "aiter", as ``dimension: what AITER does``; empty if exact.
         by_call: what rules out some calls, by their arguments; likewise.
-        switch: the setting that admits it, or that there is none.
+        level: the least that admits any call; None if none does.
     """
 
     op: str
@@ -196,19 +224,25 @@ class Standing:
     release: str
     ruled_out: tuple[str, ...]
     by_call: tuple[str, ...]
-    switch: str
-
-    def __str__(self) -> str:
-        if not self.ruled_out:
-            return f"{self.function} is exact, for the calls that its rules accept"
-        why = f"{'; '.join(self.ruled_out)}; {self.switch}"
-        if not self.function:
-            return why
-        return f"{self.function} is {'exact for finite inputs only' if self.promise_helps else 'not exact'}: {why}"
+    level: Level | None
 
     @property
-    def promise_helps(self) -> bool:
-        return self.switch == _FINITE_SWITCH
+    def switch(self) -> str:
+        """The setting that admits it, or that there is none."""
+        return switch(self.level)
+
+    def __str__(self) -> str:
+        if self.level is Level.EXACT:
+            return f"{self.function} is exact, for the calls that its rules accept"
+        why = "; ".join((*self.ruled_out, self.switch, *(f"in some calls, {each}" for each in self.by_call)))
+        if not self.function:
+            return why
+        stands = {
+            Level.FINITE: "exact for finite inputs only",
+            Level.FAST: "float32 where ours rounds",
+            None: "not exact",
+        }
+        return f"{self.function} is {stands[self.level]}: {why}"
 
 
 def standings(op: str, release: str | None = None) -> list[Standing]:
@@ -217,12 +251,11 @@ def standings(op: str, release: str | None = None) -> list[Standing]:
     ``release`` is "new", "old" or None for both.
     """
     if op in NEVER:
-        return [Standing(op, "", "any", (NEVER[op],), (), _NOTHING_TO_SWITCH)]
-    if op not in CAPABILITY:
-        return [Standing(op, "", "any", (f"AITER has nothing for {op}",), (), _NOTHING_TO_SWITCH)]
+        return [Standing(op, "", "any", (NEVER[op],), (), None)]
+    if op not in FUNCTIONS:
+        return [Standing(op, "", "any", (f"AITER has nothing for {op}",), (), None)]
     found = []
-    used = dict.fromkeys((CAPABILITY[op], *BY_LAYOUT.get(op, {}).values()), "")
-    for function, reason in {**used, **UNUSED.get(op, {})}.items():
+    for function, reason in {**dict.fromkeys(FUNCTIONS[op], ""), **UNUSED.get(op, {})}.items():
         of_function = {
             generation: _standing(op, function, numerics, reason)
             for generation, numerics in NUMERICS[function].items()
@@ -237,32 +270,48 @@ def standings(op: str, release: str | None = None) -> list[Standing]:
 
 
 def _standing(op: str, function: str, numerics: Numerics, reason: str) -> Standing:
-    differs, unless_finite = numerics.against(), numerics.against_unless_finite()
-    ruled_out = (*([reason] if reason else []), *differs, *unless_finite)
-    if reason or differs:
-        switch = _NO_SWITCH if differs else _NOTHING_TO_SWITCH
-    else:
-        switch = _FINITE_SWITCH if ruled_out else "provider='auto' and 'aiter' admit it"
-    return Standing(op, function, "", ruled_out, tuple(numerics.by_call()), switch)
+    ruled_out = (*([reason] if reason else []), *numerics.against())
+    return Standing(op, function, "", ruled_out, tuple(numerics.by_call()), None if reason else numerics.least())
 
 
-def serves(op: str, release: str | None = None, *, finite: bool = False, function: str | None = None) -> Verdict:
-    """Can AITER run any call of ``op`` exactly? ``release`` is "new", "old" or None for any; no AITER is needed.
+@functools.cache
+def least(function: str, release: str | None = None) -> Level | None:
+    """The least level that admits any call of a function of AITER's; of any release, if ``release`` is None."""
+    levels = [each.least() for name, each in NUMERICS[function].items() if release in (None, name)]
+    return min((level for level in levels if level is not None), default=None)
 
-    ``finite``: the user has given the PROMISE. ``function``: by this one (``function_for``), not that of most calls.
+
+@functools.cache
+def serves(op: str, release: str | None = None, *, level: Level = Level.EXACT, function: str | None = None) -> Verdict:
+    """Can AITER run any call of ``op`` at this level? ``release`` is "new", "old" or None for any; no AITER is needed.
+
+    ``function``: by this one of FUNCTIONS; None: by the first.
     """
-    if op not in CAPABILITY:
-        return Verdict(False, standings(op)[0].ruled_out[0])
-    name = function or CAPABILITY[op]
+    if op not in FUNCTIONS:
+        return Verdict(False, str(standings(op)[0]))
+    name = function or FUNCTIONS[op][0]
     if release not in (None, *NUMERICS[name]):
-        return Verdict(False, f"{name} of this release ({release!r}) was never read")
-    verdicts = [_verdict(each, finite) for each in standings(op, release) if each.function == name]
-    return next(filter(None, verdicts), verdicts[0])
+        return Verdict(False, differences(name, release))
+    of_function = [each for each in standings(op, release) if each.function == name]
+    for each in of_function:
+        if each.level is not None and each.level <= level:
+            return Verdict(True, admitted(name, each.level))
+    return Verdict(False, str(of_function[0]))
 
 
-def _verdict(standing: Standing, finite: bool) -> Verdict:
-    if not standing.ruled_out:
-        return Verdict(True, str(standing))
-    if finite and standing.promise_helps:
-        return Verdict(True, f"{standing.function} is exact, given that {PROMISE}")
-    return Verdict(False, str(standing))
+def differences(function: str, release: str | None = None) -> str:
+    """What a function of AITER's does otherwise in every call; of any release, what the one nearest to ours does."""
+    if release not in (None, *NUMERICS[function]):
+        return f"{function} of this release ({release!r}) was never read"
+    numerics = [each for name, each in NUMERICS[function].items() if release in (None, name)]
+    nearest: list[str] = min((each.against() for each in numerics), key=len)
+    return "; ".join(nearest)
+
+
+def admitted(function: str, level: Level) -> str:
+    """What a call of AITER's function is that this level is the least to admit, in words."""
+    if level is Level.EXACT:
+        return f"{function} is exact, for the calls that its rules accept"
+    if level is Level.FINITE:
+        return f"{function} is exact, given that {PROMISE}"
+    return f"{function} keeps float32 where ours rounds, as was asked for: other bytes, also given that {PROMISE}"

@@ -233,7 +233,7 @@ def fusion_backend(
     Args:
         provider: who runs the fused ops: "auto" (the probes decide), "aiter" (AMD's kernels, for calls whose bytes they
             are proved to give; Triton for the others), "aiter_finite" (also where that holds for finite numbers only),
-            "triton" or "reference".
+            "aiter_fast" (also where they keep float32 and the model rounds: other bytes), "triton" or "reference".
         passes: names of the passes to run; None runs all.
 
     Raises:

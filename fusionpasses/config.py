@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fusionpasses.errors import BadConfig
 
-PROVIDER_CHOICES = ("auto", "aiter", "aiter_finite", "triton", "reference")
+PROVIDER_CHOICES = ("auto", "aiter", "aiter_finite", "aiter_fast", "triton", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class FusionConfig:
     Attributes:
         provider: who runs the fused ops. ``"auto"`` takes the first provider whose probe says yes for the device; a
             provider named here is used or :class:`~fusionpasses.ProviderUnavailable` is raised. ``"aiter"`` and
-            ``"aiter_finite"`` are AITER where its bytes are ours, by a rule asked at each call, else Triton.
+            ``"aiter_finite"`` are AITER where its bytes are ours, by a rule asked at each call, else Triton;
+            ``"aiter_fast"`` also where it leaves roundings out, so that ordinary inputs give other bytes.
         passes: names of the passes to run, kept in the order of ``fusionpasses.patterns.PASS_NAMES``; None runs all.
     """
 

@@ -276,7 +276,7 @@ def _kernel(op: str) -> Verdict:
         return Verdict(False, f"no GPU kernel can run: {gpu.why}; the reference (plain torch) runs everywhere")
     triton = probe_triton()
     found = [f"Triton: {triton.why}" if triton else f"Triton: {triton.why}, and AITER's kernels need it, too"]
-    here = probe_aiter_kernel(_aiter_numerics.CAPABILITY[op])
+    here = probe_aiter_kernel(_aiter_numerics.FUNCTIONS[op][0])
     if here:
         exact = _aiter_numerics.serves(op)
         found.append(f"AITER: {here.why}; {exact.why}" + ("" if exact else "; so Triton's kernel runs"))

@@ -1,6 +1,6 @@
 """Who runs each call of our ops in a graph: settled while compiling, written into the graph, said in the report.
 
-A provider is chosen by op and device before and while the passes run. "aiter" and "aiter_finite" are rules about a
+A provider is chosen by op and device before and while the passes run. "aiter" and its siblings are rules about a
 call's metadata. ``settle`` asks them once the passes are done. Where sizes and strides are numbers, the answer is
 known, and a call that AITER must not run names Triton; else the rule stays in the graph and is asked at each call.
 """
@@ -53,15 +53,16 @@ def settle(graph: fx.Graph, sites: Sequence[Site], requested: str) -> list[str]:
         name = f"{op._opname}.{op._overloadname}"
         provider = str(node.kwargs.get("provider", ""))
         if not providers.is_rule(provider):
-            why = "" if requested != "auto" else providers.ruled_out(name, _device_type(node))
-            if why:
-                counts["ruled out"][name, why] += 1
+            if requested == "auto":
+                why = providers.ruled_out(name, _device_type(node), _static_arguments(node, op))
+                if why:
+                    counts["ruled out"][name, why] += 1
             continue
         # A model may name it for an op that it cannot be had for.
         providers.select(name, _device_type(node), provider)
         arguments = _static_arguments(node, op)
         if arguments is None:
-            rules[name] = providers.rule(name)
+            rules[name] = providers.rule(name, provider)
             continue
         answer = providers.foreseen(provider, name, arguments)
         counts["taken" if answer else "refused"][name, answer.why] += 1

@@ -16,12 +16,13 @@ import torch
 import fusionpasses as fp
 from benchmarks import aiter_cases, aiter_check
 from fusionpasses import _aiter_numerics, probes, providers
+from fusionpasses._aiter_numerics import FUNCTIONS, Level
 from fusionpasses.config import PROVIDER_CHOICES
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.ops import _mxfp4
 from fusionpasses.ops._op import OPS
 from fusionpasses.probes import Verdict
-from fusionpasses.providers import _aiter_import, _aiter_rules, aiter, triton
+from fusionpasses.providers import _aiter_conditions, _aiter_import, _aiter_rules, aiter, triton
 
 TARGET, CPU = aiter_cases.TARGET, aiter_cases.Machine("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,6 +55,12 @@ def norm(**changed):
         "scale_mode": "even",
     }
     return {**given, **changed}
+
+
+def two_norms(**changed):
+    given = {"x2": empty(4, 96, dtype=BF16), "weight2": empty(96, dtype=BF16), "eps2": 1e-6}
+    given |= {"cast_order2": "scale_cast", "norm_dtype2": BF16}
+    return {**norm(), **given, **changed}
 
 
 def gated(gate_up=None, **changed):
@@ -94,13 +101,41 @@ def shuffled(tokens=5, n=64, k=512, **changed):
     return product(tokens, n, k, **w, **{"layout": "shuffled", "rows": n, **changed})
 
 
+def scaled(tokens=40, n=64, k=512, **changed):
+    w = {"w_codes": empty(n, k // 2, dtype=torch.uint8), "w_scales": empty(n // 32, k, dtype=torch.uint8)}
+    return product(tokens, n, k, **w, **{"layout": "shuffled_scales", "rows": n, **changed})
+
+
+def blocks(latent=512, rope=64, dtype=BF16, strides=None):
+    """Blocks that are apart, which AITER's Triton kernel cannot write to."""
+    width = latent + rope
+    return strided((3, 4, width), strides or (9 * width, width, 1), dtype)
+
+
+def decoded(latent=512, rope=64, tokens=5, heads=4, dtype=BF16, **changed):
+    """A call for AITER's HIP op."""
+    q = {"q_nope": empty(tokens, heads, latent, dtype=dtype), "q_pe": empty(tokens, heads, rope, dtype=dtype)}
+    rows = {"kv_c": empty(tokens, latent, dtype=dtype), "k_pe": empty(tokens, rope, dtype=dtype)}
+    angles = dict.fromkeys(("cos", "sin"), empty(tokens, 32, dtype=dtype))
+    cache = changed.pop("kv_cache", None)
+    cache = blocks(latent, rope, dtype) if cache is None else cache
+    return {**rotated(tokens=tokens), **q, **rows, **angles, "kv_cache": cache, **changed}
+
+
+def flat(latent=512, tokens=5, dtype=BF16, **changed):
+    """The same, of widths that its kernel for slots that are blocks of their own takes."""
+    return decoded(latent, 64, tokens, 4, dtype, kv_cache=empty(12, latent + 64, dtype=dtype), **changed)
+
+
 def summed(**changed):
     x = changed.get("x", empty(4, 64))
     return {"residual": torch.empty_like(x), **norm(**{"x": x, **changed})}
 
 
-GFX1250 = _aiter_rules.Target("gfx1250", True)
+GFX942, ROCM6 = _aiter_conditions.Target("gfx942", True, 7), _aiter_conditions.Target("gfx950", True, 6)
+GFX1250 = _aiter_conditions.Target("gfx1250", True, 7)
 QUANT, NORM, NORM_AND = "dynamic_mxfp4_quant.default", "rmsnorm_mxfp4_quant.default", "rmsnorm_mxfp4_quant.with_norm"
+BOTH = "rmsnorm_mxfp4_quant.with_second"
 ADD, ADD_AND = "rmsnorm_add_mxfp4_quant.default", "rmsnorm_add_mxfp4_quant.with_norm"
 ACT, ROPE, CONCAT = "silu_mul_mxfp4_quant.default", "fused_rope_mla_kv_cache.absorbed", "concat_and_cache_mla.default"
 GEMM = "mxfp4_gemm.default"
@@ -111,7 +146,7 @@ REFUSED = [
         QUANT,
         {"x": empty(4, 64), "scale_mode": "even"},
         {"x": empty(4, 64), "scale_mode": "rceil"},
-        "_even_scales",
+        "even_scales",
         "'even'",
     ),
     (
@@ -128,12 +163,12 @@ REFUSED = [
         "rows_evenly_apart",
         "evenly apart",
     ),
-    (NORM, norm(), norm(scale_mode="floor"), "_even_scales", "'floor'"),
-    (NORM, norm(x=empty(1, 2**20)), norm(x=empty(1, 2**20 + 32)), "_row_fits", "rows of 1048608"),
-    (NORM, norm(), norm(weight=None), "_a_weight", "None"),
-    (NORM, norm(), norm(), "_own_kernel_only_on_gfx1250", "Gluon", GFX1250),
-    (NORM, norm(), norm(cast_order="cast_scale"), "_norm_rounded_nowhere", "before the weight"),
-    (NORM, norm(x=empty(4, 64), norm_dtype=None), norm(norm_dtype=None), "_norm_rounded_nowhere", "unrounded"),
+    (NORM, norm(), norm(scale_mode="floor"), "even_scales", "'floor'"),
+    (NORM, norm(x=empty(1, 2**20)), norm(x=empty(1, 2**20 + 32)), "row_fits", "rows of 1048608"),
+    (NORM, norm(), norm(weight=None), "a_weight", "None"),
+    (NORM, norm(), norm(), "own_kernel_only_on_gfx1250", "Gluon", GFX1250),
+    (NORM, norm(), norm(cast_order="cast_scale"), "norm_rounded_nowhere", "before the weight"),
+    (NORM, norm(x=empty(4, 64), norm_dtype=None), norm(norm_dtype=None), "norm_rounded_nowhere", "unrounded"),
     (NORM, norm(), norm(x=empty(0, 64, dtype=BF16)), "some_rows", "no rows"),
     (NORM, norm(), norm(x=strided((2, 3, 64), (999, 64, 1))), "rows_evenly_apart", "evenly apart"),
     (NORM, norm(), norm(x=strided((4, 64), (1, 4), BF16)), "elements_of_a_row_together", "last stride of 1"),
@@ -143,71 +178,198 @@ REFUSED = [
         NORM_AND,
         norm(x=empty(4, 64)),
         norm(),
-        "_norm_in_its_dtype",
+        "norm_in_its_dtype",
         "dtype of x",
     ),
-    (ADD, summed(), summed(x=empty(4, 64, dtype=BF16)), "_sum_rounded_nowhere", "rounded sum"),
+    (BOTH, two_norms(), two_norms(cast_order2="cast_scale"), "second_norm_rounded_once", "cast_order2"),
+    (BOTH, two_norms(), two_norms(norm_dtype=None), "norm_rounded_nowhere", "unrounded"),
+    (BOTH, two_norms(), two_norms(norm_dtype2=FP32), "norm_in_its_dtype", "norm_dtype2"),
+    (BOTH, two_norms(), two_norms(weight2=None), "a_weight", "weight2"),
+    (BOTH, two_norms(), two_norms(weight2=strided((96,), (2,), BF16)), "elements_of_a_row_together", "weight2"),
+    (BOTH, two_norms(), two_norms(x2=strided((4, 96), (1, 4), BF16)), "elements_of_a_row_together", "x2"),
+    (
+        BOTH,
+        two_norms(x2=empty(1, 2**20, dtype=BF16), weight2=empty(2**20, dtype=BF16)),
+        two_norms(x2=empty(1, 2**20 + 32, dtype=BF16), weight2=empty(2**20 + 32, dtype=BF16)),
+        "row_fits",
+        "x2: got rows of 1048608",
+    ),
+    (BOTH, two_norms(), two_norms(x2=strided((2, 2, 96), (999, 96, 1), BF16)), "rows_evenly_apart", "x2"),
+    (BOTH, two_norms(), two_norms(x2=strided((4, 96), (2**30, 1), BF16)), "offsets_in_32_bits", "32 bits"),
+    (ADD, summed(), summed(x=empty(4, 64, dtype=BF16)), "sum_rounded_nowhere", "rounded sum"),
     (ADD, summed(), summed(residual=strided((4, 64), (1, 4))), "elements_of_a_row_together", "residual"),
-    (ADD_AND, summed(), summed(weight=None), "_a_weight", "None"),
-    (ACT, gated(), gated(scale_mode="ceil"), "_even_scales", "'ceil'"),
-    (ACT, gated(), gated(activation="gelu_tanh"), "_silu", "gelu_tanh"),
-    (ACT, gated(), gated(activation="x_sigmoid"), "_silu", "x_sigmoid"),
-    (ACT, gated(), gated(cast_order="cast_mul"), "_product_rounded_nowhere", "rounds the activation"),
-    (ACT, gated(empty(4, 128), cast_order="cast_mul"), gated(act_dtype=None), "_product_rounded_nowhere", "unrounded"),
+    (ADD_AND, summed(), summed(weight=None), "a_weight", "None"),
+    (ACT, gated(), gated(scale_mode="ceil"), "even_scales", "'ceil'"),
+    (ACT, gated(), gated(activation="gelu_tanh"), "silu", "gelu_tanh"),
+    (ACT, gated(), gated(activation="x_sigmoid"), "silu", "x_sigmoid"),
+    (ACT, gated(), gated(activation="relu"), "activation_of_aiter", "leaves out one that it does not know"),
+    (ACT, gated(), gated(cast_order="cast_mul"), "product_rounded_nowhere", "rounds the activation"),
+    (ACT, gated(empty(4, 128), cast_order="cast_mul"), gated(act_dtype=None), "product_rounded_nowhere", "unrounded"),
     (ACT, gated(), gated(empty(0, 128, dtype=BF16)), "some_rows", "no rows"),
     (ACT, gated(), gated(strided((2, 3, 128), (999, 128, 1), BF16)), "rows_evenly_apart", "evenly apart"),
-    (ACT, gated(), gated(up=empty(4, 64, dtype=BF16)), "_halves_of_one_tensor", "two tensors"),
-    (ROPE, rotated(), rotated(style="interleaved_to_neox"), "_style_of_aiter", "reads them"),
-    (ROPE, rotated(), rotated(negative_slots="wrap"), "_negative_slots_skipped", "'wrap'"),
-    (ROPE, rotated(), rotated(cos=empty(5, 8), sin=empty(5, 8)), "_angles_rounded_alike", "float32"),
-    (ROPE, rotated(), rotated(), "_zeros_keep_their_sign", "0 - x", _aiter_rules.Target("gfx950", False)),
-    (ROPE, rotated(), rotated(sin=strided((5, 8), (16, 1), BF16)), "_cos_and_sin_alike", "those of cos"),
-    (ROPE, rotated(), rotated(q_nope=empty(5, 3, 64, dtype=BF16)), "_q_nope_as_wide_as_kv_c", "width 64"),
+    (ACT, gated(), gated(up=empty(4, 64, dtype=BF16)), "halves_of_one_tensor", "two tensors"),
+    (ROPE, rotated(), rotated(style="interleaved_to_neox"), "style_of_aiter", "reads them"),
+    (ROPE, rotated(), rotated(negative_slots="wrap"), "negative_slots_skipped", "'wrap'"),
+    (ROPE, rotated(), rotated(cos=empty(5, 8), sin=empty(5, 8)), "angles_rounded_alike", "float32"),
+    (ROPE, rotated(), rotated(), "zeros_keep_their_sign", "0 - x", _aiter_conditions.Target("gfx950", False, 7)),
+    (ROPE, rotated(), rotated(sin=strided((5, 8), (16, 1), BF16)), "cos_and_sin_alike", "those of cos"),
+    (ROPE, rotated(), rotated(q_nope=empty(5, 3, 64, dtype=BF16)), "q_nope_as_wide_as_kv_c", "width 64"),
     (ROPE, rotated(), rotated(q_nope=empty(5, 0, 32, dtype=BF16)), "some_rows", "no rows"),
     (ROPE, rotated(), rotated(q_pe=strided((5, 3, 16), (2**29, 16, 1), BF16)), "offsets_in_32_bits", "32 bits"),
-    (ROPE, rotated(), rotated(), "_own_kernel_only_on_gfx1250", "Gluon", GFX1250),
-    (CONCAT, cached(), cached(dtype=FP16, kv_cache=empty(12, 48, dtype=BF16)), "_bfloat16_rows", "float16"),
-    (CONCAT, cached(), cached(kv_cache=empty(12, 48, dtype=torch.float8_e4m3fn)), "_bfloat16_cache", "saturate"),
-    (CONCAT, cached(), cached(kv_cache=empty(12, 48, dtype=torch.uint8)), "_bfloat16_cache", "NVFP4"),
-    (CONCAT, cached(), cached(pe_cache=empty(12, 16, dtype=BF16)), "_one_cache", "one cache"),
-    (CONCAT, cached(), cached(kv_cache=strided((3, 4, 48), (999, 48, 1), BF16)), "_slots_evenly_apart", "evenly apart"),
-    (CONCAT, cached(), cached(latent=48), "_powers_of_two", "widths 48 and 16"),
+    (ROPE, rotated(), rotated(), "own_kernel_only_on_gfx1250", "Gluon", GFX1250),
+    (CONCAT, cached(), cached(dtype=FP16, kv_cache=empty(12, 48, dtype=BF16)), "bfloat16_rows", "float16"),
+    (CONCAT, cached(), cached(kv_cache=empty(12, 48, dtype=torch.float8_e4m3fn)), "bfloat16_cache", "saturate"),
+    (CONCAT, cached(), cached(kv_cache=empty(12, 48, dtype=torch.uint8)), "bfloat16_cache", "NVFP4"),
+    (CONCAT, cached(), cached(pe_cache=empty(12, 16, dtype=BF16)), "one_cache", "one cache"),
+    (CONCAT, cached(), cached(kv_cache=strided((3, 4, 48), (999, 48, 1), BF16)), "slots_evenly_apart", "evenly apart"),
+    (CONCAT, cached(), cached(latent=48), "powers_of_two", "widths 48 and 16"),
     (CONCAT, cached(), cached(tokens=0), "some_rows", "no rows"),
-    (GEMM, product(), product(), "_fp4_arithmetic", "gfx942", _aiter_rules.Target("gfx942", True)),
-    (GEMM, product(), product(bias=empty(32)), "_no_bias", "bias"),
-    (GEMM, product(), product(layout="tiles"), "_layout_of_aiter", "'tiles'"),
-    (GEMM, product(out_dtype=FP16), product(out_dtype=FP32), "_sixteen_bits_out", "float32"),
-    (GEMM, product(k=512), product(k=320), "_width_in_256", "K: got 320"),
+    (GEMM, product(), product(), "fp4_arithmetic", "gfx942", _aiter_conditions.Target("gfx942", True, 7)),
+    (GEMM, product(), product(bias=empty(32)), "no_bias", "bias"),
+    (GEMM, product(), product(layout="tiles"), "layout_of_aiter", "'tiles'"),
+    (GEMM, product(out_dtype=FP16), product(out_dtype=FP32), "sixteen_bits_out", "float32"),
+    (GEMM, product(k=512), product(k=320), "width_in_256", "K: got 320"),
     (GEMM, product(), product(tokens=0), "some_rows", "no rows"),
-    (GEMM, product(), product(n=0), "_some_weight", "no rows"),
+    (GEMM, product(), product(n=0), "some_weight", "no rows"),
     (
         GEMM,
         product(),
         product(x_codes=strided((5, 128), (256, 1), torch.uint8)),
-        "_contiguous_codes",
+        "contiguous_codes",
         "positive ones",
     ),
-    (GEMM, product(tokens=256, n=2**17), product(tokens=256, n=2**18), "_partial_sums_in_32_bits", "32 bits"),
-    (GEMM, shuffled(tokens=256, n=2**17), shuffled(tokens=256, n=2**18), "_partial_sums_in_32_bits", "32 bits"),
-    (GEMM, shuffled(), shuffled(bias=empty(64)), "_no_bias", "bias"),
+    (GEMM, product(tokens=256, n=2**17), product(tokens=256, n=2**18), "partial_sums_in_32_bits", "32 bits"),
+    (GEMM, shuffled(tokens=256, n=2**17), shuffled(tokens=256, n=2**18), "partial_sums_in_32_bits", "32 bits"),
+    (GEMM, shuffled(), shuffled(bias=empty(64)), "no_bias", "bias"),
     (GEMM, shuffled(), shuffled(tokens=0), "some_rows", "no rows"),
+    (GEMM, scaled(), scaled(tokens=31), "enough_tokens", "32 and more"),
+    (GEMM, scaled(), scaled(bias=empty(64)), "no_bias", "bias"),
+    (GEMM, scaled(tokens=256, n=2**17), scaled(tokens=256, n=2**18), "partial_sums_in_32_bits", "32 bits"),
 ]
+
+#: The same of AITER's HIP op, which is asked after its Triton kernel, and for "aiter_fast" alone.
+REFUSED_BY_HIP = [
+    (decoded(dtype=FP16), decoded(dtype=FP16), "hip_architecture", "gfx942 and gfx950 alone", GFX1250),
+    (decoded(dtype=FP16), decoded(kv_cache=blocks(dtype=FP16)), "cache_of_model_dtype", "rows of torch.bfloat16"),
+    (decoded(), decoded(kv_cache=blocks(dtype=torch.float8_e4m3fn)), "cache_of_model_dtype", "does not saturate"),
+    (decoded(), decoded(kv_cache=blocks(dtype=torch.uint8)), "cache_of_model_dtype", "does not take it"),
+    (decoded(), decoded(pe_cache=empty(3, 4, 64, dtype=BF16)), "one_cache", "one cache"),
+    (decoded(), decoded(negative_slots="wrap"), "negative_slots_skipped", "'wrap'"),
+    (decoded(), decoded(style="interleaved_to_neox"), "style_of_aiter", "reads them"),
+    (decoded(), decoded(q_nope=empty(5, 4, 256, dtype=BF16)), "q_nope_as_wide_as_kv_c", "width 256"),
+    (decoded(tokens=1), decoded(tokens=0), "some_rows", "no rows"),
+    (decoded(), decoded(cos=empty(5, 32), sin=empty(5, 32)), "angles_of_model_dtype", "takes its bytes for those of"),
+    (decoded(), decoded(cos=strided((5, 32), (64, 1), BF16)), "angles_in_a_row", "cos: got strides (64, 1)"),
+    (decoded(), decoded(sin=strided((5, 32), (64, 1), BF16)), "angles_in_a_row", "sin: got strides (64, 1)"),
+    (decoded(), decoded(rope=32), "hip_widths", "widths 32 and 32"),
+    (decoded(), decoded(cos=empty(5, 64, dtype=BF16), sin=empty(5, 64, dtype=BF16)), "hip_widths", "64 and 64"),
+    (decoded(heads=4), decoded(heads=3), "hip_kernel_for_decoding", "3 heads and blocks of 4"),
+    (decoded(latent=512), decoded(latent=1024), "hip_kernel_for_decoding", "5 tokens of 1024"),
+    (flat(latent=384), decoded(latent=384), "hip_kernel_for_decoding", "5 tokens of 384"),
+    (flat(latent=384, tokens=255), flat(latent=384, tokens=256), "hip_kernel_for_decoding", "256 tokens"),
+    (flat(latent=320), flat(latent=248), "hip_kernel_for_decoding", "tokens of 248"),
+    (flat(latent=128, dtype=FP16), flat(latent=96, dtype=FP16), "hip_kernel_for_decoding", "tokens of 96"),
+    (flat(latent=136, dtype=FP32), flat(latent=136, dtype=FP16), "hip_kernel_for_decoding", "tokens of 136"),
+    (decoded(), decoded(), "hip_rounds_bfloat16", "cuts k off there", GFX942),
+    (decoded(), decoded(), "hip_rounds_bfloat16", "compiled with integers for it", ROCM6),
+    (decoded(), decoded(q_pe=strided((5, 4, 64), (512, 128, 2), BF16)), "hip_rows_together", "q_pe: got strides"),
+    (decoded(), decoded(kv_c=strided((5, 512), (1024, 2), BF16)), "hip_rows_together", "kv_c: got strides"),
+    (decoded(), decoded(q_nope=strided((5, 4, 512), (2304, 516, 1), BF16)), "hip_rows_aligned", "16 bytes at once"),
+    (decoded(), decoded(kv_c=empty(5 * 576 + 4, dtype=BF16)[4:].view(5, 576)[:, :512]), "hip_rows_aligned", "from 4"),
+    (decoded(), decoded(kv_cache=blocks(strides=(9000, 580, 1))), "hip_rows_aligned", "kv_cache: got strides"),
+    (
+        decoded(q_nope=strided((5, 4, 512), (2304, 2**26, 1), BF16)),
+        decoded(q_nope=strided((5, 4, 512), (2304, 2**27, 1), BF16)),
+        "hip_offsets_in_32_bits",
+        "32 bits",
+    ),
+    (decoded(), decoded(kv_cache=blocks(strides=(2**31, 576, 1))), "hip_offsets_in_32_bits", "got up to 2147483648"),
+]
+
+
+def choose(op, arguments, release="new", target=TARGET, level=Level.FINITE):
+    """Who runs a call where every function of AITER's is here."""
+    return _aiter_rules.choose(op, arguments, target, level=level, look=lambda function: (release, ""))
+
+
+def accepts(*args, **keywords):
+    return choose(*args, **keywords).verdict
+
+
+def conditions_of(route):
+    return (*route.meant, *route.conditions, *route.roundings)
+
+
+def refusing(conditions, arguments, target):
+    call = _aiter_conditions.Call(arguments, target)
+    return list(dict.fromkeys(condition.__name__ for condition in conditions if condition(call)))
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=[f"{c[0]}-{c[3]}-{i}" for i, c in enumerate(REFUSED)])
 def test_a_call_is_refused_by_its_rule_and_its_twin_is_accepted(case):
     op, accepted, refused, rule, words, target = (*case, TARGET)[:6]
-    answer = _aiter_rules.accepts(op, accepted, "new", TARGET, finite=True)
+    function, answer = choose(op, accepted)
     assert answer, answer.why
-    answer = _aiter_rules.accepts(op, refused, "new", target, finite=True)
+    answer = accepts(op, refused, target=target)
     assert not answer
     assert words in answer.why
-    reasons = {r.__name__: r(_aiter_rules.Call(refused, target)) for r in _aiter_rules.RULES[op]}
-    assert [name for name, reason in reasons.items() if reason] == [rule], reasons
+    route = _aiter_rules.RULES[op][function]
+    hard = refusing((*route.meant, *route.conditions), refused, target)
+    wide, answer_wide = choose(op, refused, target=target, level=Level.FAST)
+    if rule in {condition.__name__ for condition in route.roundings}:
+        assert (hard, refusing(route.roundings, refused, target)) == ([], [rule])
+        # What is only not rounded is had by asking for that.
+        assert (wide, bool(answer_wide)) == (function, True)
+        assert answer.why.endswith(
+            "; provider='aiter_fast' admits it, with other bytes for ordinary inputs, if nothing quantised, and no "
+            "scale, is Inf, NaN or as large as 1.75 * 2**127"
+        )
+        assert "keeps float32 where ours rounds, as was asked for: other bytes" in answer_wide.why
+    else:
+        assert hard == [rule]
+        assert not answer_wide
+        assert answer.why.endswith("; no setting admits it")
+        assert words in answer_wide.why
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_HIP, ids=[f"{c[2]}-{i}" for i, c in enumerate(REFUSED_BY_HIP)])
+def test_a_call_is_refused_by_a_rule_of_the_hip_op_and_its_twin_is_accepted(case):
+    accepted, refused, rule, words, target = (*case, TARGET)[:5]
+    function, answer = choose(ROPE, accepted, level=Level.FAST)
+    assert answer, answer.why
+    assert function == "fused_qk_rope_concat_and_cache_mla"
+    for level in (Level.EXACT, Level.FINITE):
+        answer = accepts(ROPE, accepted, level=level)
+        assert not answer
+        assert "provider='aiter_fast' admits it" in answer.why
+        assert function not in answer.why  # whose reasons nobody asked for
+    answer = accepts(ROPE, refused, target=target, level=Level.FAST)
+    assert not answer
+    assert words in answer.why
+    assert answer.why.endswith("; no setting admits it")
+    assert refusing(conditions_of(_aiter_rules.RULES[ROPE][function]), refused, target) == [rule]
+    # Both functions are said to refuse, each with its reason, unless it is the same one.
+    triton = refusing(_aiter_rules.RULES[ROPE]["fused_qk_rope_cat_and_cache_mla"].conditions, refused, target)
+    assert (f"; nor by {function}: " in answer.why) == (triton[:1] != [rule])
+
+
+def test_the_hip_op_runs_where_what_it_writes_is_rounded():
+    hip = "fused_qk_rope_concat_and_cache_mla"
+    for call, target in (
+        (decoded(dtype=FP16), GFX942),
+        (decoded(dtype=FP32), ROCM6),
+        (flat(latent=384), GFX942),
+        (decoded(), TARGET),
+    ):
+        assert choose(ROPE, call, target=target, level=Level.FAST).function == hip
+    assert not accepts(ROPE, flat(latent=384), target=ROCM6, level=Level.FAST)
 
 
 def test_every_rule_has_a_case():
-    assert {rule.__name__ for rules in _aiter_rules.RULES.values() for rule in rules} == {case[3] for case in REFUSED}
+    every = {
+        c.__name__ for routes in _aiter_rules.RULES.values() for route in routes.values() for c in conditions_of(route)
+    }
+    assert every == {case[3] for case in REFUSED} | {case[2] for case in REFUSED_BY_HIP}
 
 
 def test_norms_are_accepted_where_nothing_is_rounded():
@@ -218,10 +380,18 @@ def test_norms_are_accepted_where_nothing_is_rounded():
         call = norm(x=x, cast_order=order, norm_dtype=norm_dtype, scale_mode=mode)
         call["weight"] = empty(64, dtype=FP32 if wide_weight else dtype)
         unrounded = dtype == FP32 or (order == "scale_cast" and norm_dtype == FP32)
-        answer = _aiter_rules.accepts(NORM, call, "new", TARGET, finite=True)
-        assert bool(answer) == (unrounded and mode == "even"), answer.why
-        answer = _aiter_rules.accepts(ADD, {**call, "residual": x}, "new", TARGET, finite=True)
-        assert bool(answer) == (dtype == FP32 and mode == "even"), answer.why
+        for op, exact in ((NORM, unrounded), (ADD, dtype == FP32)):
+            given = call if op == NORM else {**call, "residual": x}
+            answer = accepts(op, given)
+            assert bool(answer) == (exact and mode == "even"), answer.why
+            assert bool(accepts(op, given, level=Level.FAST)) == (mode == "even")
+            # The norm that is returned has a dtype, whatever was asked for.
+            stored = op.replace("default", "with_norm")
+            result = OPS[stored].fake(
+                x, *((x,) if op == ADD else ()), call["weight"], 1e-6, cast_order=order, norm_dtype=norm_dtype
+            )[-1]
+            answer = accepts(stored, given, level=Level.FAST)
+            assert bool(answer) == (mode == "even" and result.dtype == dtype), answer.why
 
 
 def test_gated_activations_are_accepted_where_nothing_is_rounded():
@@ -229,28 +399,71 @@ def test_gated_activations_are_accepted_where_nothing_is_rounded():
 
     for dtype, (activation, order), act_dtype in itertools.product(_mxfp4.INPUT_DTYPES, contracts(), (None, FP32)):
         call = gated(empty(4, 128, dtype=dtype), activation=activation, cast_order=order, act_dtype=act_dtype)
-        answer = _aiter_rules.accepts(ACT, call, "new", TARGET, finite=True)
+        answer = accepts(ACT, call)
         unrounded = dtype == FP32 or (order == "mul_cast" and act_dtype == FP32)
         assert bool(answer) == (unrounded and activation == "silu"), answer.why
+        assert accepts(ACT, call, level=Level.FAST)
+
+
+def test_a_level_admits_what_those_before_it_do_and_says_which_it_took():
+    words = {
+        Level.EXACT: "is exact, for the calls that its rules accept",
+        Level.FINITE: "is exact, given that nothing quantised",
+        Level.FAST: "keeps float32 where ours rounds, as was asked for",
+    }
+    for op, arguments, least in (
+        (ROPE, rotated(), Level.EXACT),
+        (QUANT, plain(), Level.FINITE),
+        (NORM, norm(), Level.FINITE),
+        (GEMM, product(), Level.FINITE),
+        (NORM, norm(cast_order="cast_scale"), Level.FAST),
+        (ROPE, rotated(cos=empty(5, 8), sin=empty(5, 8)), Level.FAST),
+    ):
+        for level in Level:
+            answer = accepts(op, arguments, level=level)
+            assert bool(answer) == (level >= least), answer.why
+            assert not answer or words[least] in answer.why
+            if not answer:
+                name = next(name for name, at in _aiter_numerics.LEVELS.items() if at == least)
+                assert f"provider={name!r} admits it" in answer.why
+                assert answer.why.count("admit") == 1
+
+
+def test_what_is_wrong_is_admitted_by_no_level():
+    for op, arguments in ((QUANT, plain()), (NORM, norm()), (ACT, gated()), (ADD, summed())):
+        answer = accepts(op, arguments, "old", level=Level.FAST)
+        assert not answer
+        assert answer.why.startswith("ties: away from zero, and wrong below 1")
+        assert answer.why.endswith("; no setting admits it")
+    for cache in (torch.float8_e4m3fn, torch.uint8):
+        answer = accepts(ROPE, rotated(kv_cache=empty(3, 4, 48, dtype=cache)), level=Level.FAST)
+        assert not answer
+        assert answer.why.endswith("; no setting admits it")
 
 
 def test_what_quantises_needs_the_promise_and_a_new_release():
-    quantising = {QUANT, NORM, NORM_AND, ADD, ADD_AND, ACT}
-    for op in _aiter_numerics.CAPABILITY:
-        exact, promised = _aiter_numerics.serves(op, "new"), _aiter_numerics.serves(op, "new", finite=True)
+    quantising = {QUANT, NORM, NORM_AND, BOTH, ADD, ADD_AND, ACT}
+    for op in FUNCTIONS:
+        exact, promised = _aiter_numerics.serves(op, "new"), _aiter_numerics.serves(op, "new", level=Level.FINITE)
         assert promised
         assert bool(exact) == (op in (ROPE, CONCAT)), op
         if not exact:
             assert "provider='aiter_finite'" in exact.why
-        old = _aiter_numerics.serves(op, "old", finite=True)
-        assert bool(old) == (op not in quantising)
-        if not old:
-            assert "away from zero" in old.why
+        for level in (Level.FINITE, Level.FAST):
+            old = _aiter_numerics.serves(op, "old", level=level)
+            assert bool(old) == (op not in quantising)
+            if not old:
+                assert "away from zero" in old.why
+                assert "no setting admits it" in old.why
     assert not _aiter_numerics.serves(QUANT, "newer")
     for op, why in _aiter_numerics.NEVER.items():
-        assert _aiter_numerics.serves(op) == Verdict(False, why)
-    assert _aiter_numerics.CAPABILITY.keys() | _aiter_numerics.NEVER.keys() == OPS.keys()
-    assert _aiter_rules.RULES.keys() == aiter.ADAPTERS.keys() == _aiter_numerics.CAPABILITY.keys()
+        assert _aiter_numerics.serves(op, level=Level.FAST) == Verdict(False, f"{why}; no setting admits it")
+    assert FUNCTIONS.keys() | _aiter_numerics.NEVER.keys() == OPS.keys()
+    routes = {(op, function) for op, functions in FUNCTIONS.items() for function in functions}
+    assert routes == {(op, function) for op, of_op in _aiter_rules.RULES.items() for function in of_op}
+    assert routes == aiter._RUN.keys()
+    for provider in _aiter_numerics.LEVELS:
+        assert aiter.ADAPTERS[provider].keys() == FUNCTIONS.keys()
 
 
 # What is made of AITER's results.
@@ -273,16 +486,49 @@ def test_results_are_those_of_the_contract(installed, group):
         return
     for op, args, kwargs in aiter_cases.GROUPS[group](CPU):
         arguments = aiter.bound(op, args, kwargs)
-        answer = aiter.judge(op, arguments, finite=True)
+        answer = aiter.judge(op, arguments, Level.FINITE)
         assert bool(answer) == (group in ("rope", "concat", "gemm"))
-        if group == "shuffled":
-            assert answer.why == "AITER's gemm_afp4wfp4_preshuffle is not here"
+        name = {"shuffled": "gemm_afp4wfp4_preshuffle", "shuffled_scales": "gemm_afp4wfp4_preshuffled_scales"}.get(
+            group
+        )
+        if name is not None:
+            assert answer.why == f"AITER's {name} is not here; no setting admits it"
             continue
         if "norm" in op and op.endswith("with_norm"):
             continue  # old releases do not return it
-        function, _ = _aiter_import.load(_aiter_numerics.CAPABILITY[op])
+        name = FUNCTIONS[op][0]
+        function, _ = _aiter_import.load(name)
         before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        aiter_cases.compare(op, aiter._RUN[op](function, "old", arguments), args, before, kwargs)
+        aiter_cases.compare(op, aiter._RUN[op, name](function, "old", arguments), args, before, kwargs)
+
+
+@pytest.mark.parametrize("group", aiter_cases.FAST)
+def test_what_keeps_float32_is_given_to_aiter_where_it_was_asked_for(installed, group):
+    tally = aiter_cases.run(group, CPU)
+    assert tally.failures == []
+    if installed == "new" or group == "fast_rope":
+        assert tally.cases == tally.equal + tally.within > 0
+        # The fakes are the references, in float32.
+        assert tally.within == 0
+        assert 0.001 < tally.other < 0.1 if group != "fast_rope" else tally.other == 0
+    else:
+        assert tally.cases == tally.refused > 0
+
+
+def test_what_keeps_float32_differs_by_about_one_percent_of_codes(installed):
+    """What the documentation says of ordinary inputs in bfloat16."""
+    if installed == "old":
+        pytest.skip("nothing of it is given to old releases")
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 1024).bfloat16(), torch.randn(1024).bfloat16()
+    for op, args, kwargs in (
+        (NORM, (x, weight, 1e-6), {"cast_order": "cast_scale"}),
+        (ADD, (x, x.flip(0), weight, 1e-6), {"cast_order": "cast_scale"}),
+        (ACT, x.chunk(2, -1), {"cast_order": "cast_mul"}),
+    ):
+        got, exact = aiter.ADAPTERS["aiter_fast"][op](*args, **kwargs)[0], OPS[op].reference(*args, **kwargs)[0]
+        nibbles = (got & 15 != exact & 15).float().mean() / 2 + (got >> 4 != exact >> 4).float().mean() / 2
+        assert 0.002 < nibbles < 0.02, float(nibbles)
 
 
 def test_slots_and_positions_out_of_range_do_not_reach_aiter(installed):
@@ -291,33 +537,84 @@ def test_slots_and_positions_out_of_range_do_not_reach_aiter(installed):
     args = list(args)
     args[7] = torch.tensor([7, -1, 99, 11, 3])
     before = args[4].clone()
-    aiter.ADAPTERS[op](*args, **kwargs)  # the fake looks
+    aiter.ADAPTERS["aiter"][op](*args, **kwargs)  # the fake looks
     assert not torch.equal(args[4], before)
+    if installed == "new":
+        op, args, kwargs = next(case for case in aiter_cases.hip(CPU) if case[2]["positions"] is not None)
+        slots = args[7].clone()
+        slots[:3] = torch.tensor([400, 2**31 - 1, -7])
+        before = args[4].clone()
+        aiter.ADAPTERS["aiter_fast"][op](*args[:7], slots, **kwargs)
+        assert int((args[4] != before).any(-1).sum()) == 2
 
 
 def test_a_write_is_told_to_autograd_once_and_of_the_cache_alone(installed):
     _, args, _ = next(iter(aiter_cases.concat(CPU)))
     versions = [arg._version for arg in args]
-    aiter.ADAPTERS[CONCAT](*args)
+    aiter.ADAPTERS["aiter"][CONCAT](*args)
     assert args[2]._version == versions[2] + 1
     assert [a._version for i, a in enumerate(args) if i != 2] == [v for i, v in enumerate(versions) if i != 2]
+    if installed == "new":
+        op, args, kwargs = next(iter(aiter_cases.hip(CPU)))
+        versions = [arg._version for arg in args]
+        aiter.ADAPTERS["aiter_fast"][op](*args, **kwargs)
+        assert [a._version - v for a, v in zip(args, versions, strict=True)] == [0, 0, 0, 0, 1, 0, 0, 0]
 
 
 def test_a_refused_call_is_run_by_triton(installed, monkeypatch):
     seen = []
-    for op in aiter.ADAPTERS:
+    for op in FUNCTIONS:
         monkeypatch.setitem(triton.ADAPTERS, op, lambda *args, op=op, **kwargs: seen.append((op, args, kwargs)))
     x = torch.randn(4, 64)
-    aiter.ADAPTERS[QUANT](x)
-    aiter.FINITE_ADAPTERS[QUANT](x[:0])
-    aiter.FINITE_ADAPTERS[NORM](x.bfloat16(), torch.ones(64), 1e-6, cast_order="cast_scale")
+    aiter.ADAPTERS["aiter"][QUANT](x)
+    aiter.ADAPTERS["aiter_finite"][QUANT](x[:0])
+    aiter.ADAPTERS["aiter_finite"][NORM](x.bfloat16(), torch.ones(64), 1e-6, cast_order="cast_scale")
     assert [op for op, _, _ in seen] == [QUANT, QUANT, NORM]
     assert seen[2][2] == {"cast_order": "cast_scale"}
+    aiter.ADAPTERS["aiter_fast"][QUANT](x[:0])
+    aiter.ADAPTERS["aiter_fast"][NORM](x.bfloat16(), torch.ones(64), 1e-6, cast_order="cast_scale")
+    assert [op for op, _, _ in seen[3:]] == [QUANT] + [NORM] * (installed == "old")
+
+
+def test_the_first_function_is_needed_and_others_are_not(installed, monkeypatch):
+    load = _aiter_import.load
+
+    def without(*missing):
+        def ask(name):
+            if name in missing:
+                raise ProviderUnavailable(f"{name} is gone")
+            return load(name)
+
+        monkeypatch.setattr(_aiter_import, "load", ask)
+
+    without("fused_qk_rope_concat_and_cache_mla", "gemm_afp4wfp4_preshuffled_scales")
+    assert aiter.judge(ROPE, rotated(), Level.FAST)
+    answer = aiter.judge(ROPE, decoded(), Level.FAST)
+    assert not answer
+    assert (
+        "; nor by fused_qk_rope_concat_and_cache_mla: fused_qk_rope_concat_and_cache_mla is gone; no sett" in answer.why
+    )
+    assert (
+        aiter.judge(GEMM, scaled(), Level.FAST).why == "gemm_afp4wfp4_preshuffled_scales is gone; no setting admits it"
+    )
+    without("fused_qk_rope_cat_and_cache_mla")
+    with pytest.raises(ProviderUnavailable, match="is gone"):
+        aiter.judge(ROPE, rotated(), Level.FAST)
+
+
+def test_only_functions_that_may_run_a_call_are_imported(installed, monkeypatch):
+    asked, load = [], _aiter_import.load
+    monkeypatch.setattr(_aiter_import, "load", lambda name: asked.append(name) or load(name))
+    aiter.judge(ROPE, decoded(), Level.FINITE)
+    aiter.judge(GEMM, product(layout="tiles"), Level.FAST)
+    assert asked == []
+    aiter.judge(GEMM, scaled(), Level.FAST)
+    assert asked == ["gemm_afp4wfp4_preshuffled_scales"]
 
 
 def test_partial_sums_in_bfloat16_are_refused(installed, monkeypatch):
     monkeypatch.setattr(aiter_fakes, "_USE_GEMM_SPLITK_BF16", True, raising=False)
-    answer = aiter.judge(GEMM, product(), finite=True)
+    answer = aiter.judge(GEMM, product(), Level.FINITE)
     assert not answer
     assert "set_use_gemm_splitk_bf16" in answer.why
 
@@ -343,13 +640,65 @@ def test_a_tile_that_a_product_must_not_have_is_refused(installed, tokens, n, k,
         return {**dict(zip(names, tile, strict=True)), "NUM_KSPLIT": 8}, True
 
     monkeypatch.setattr(aiter_fakes, "_get_config", table)
-    answer = aiter.judge(GEMM, shuffled(tokens, n, k), finite=True)
+    answer = aiter.judge(GEMM, shuffled(tokens, n, k), Level.FINITE)
     if installed == "old":
         assert not answer
         return
     assert asked == [(tokens, n, k // 2, True)]
     assert bool(answer) == (words is None)
     assert answer or answer.why.startswith(words)
+    assert answer or answer.why.endswith("; no setting admits it")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "tile", "words"),
+    [
+        (40, 96, 512, (32, 64, 256, 1), "N: got 96 with AITER's tile of 64; it reads beyond the weight"),
+        (40, 96, 512, (32, 16, 256, 1), None),
+        (40, 64, 768, (32, 64, 512, 1), None),
+        (40, 64, 512, (32, 64, 128, 1), "K: got 512 with AITER's tile of 128; its kernel takes scales apart in pieces"),
+        # As AITER cuts K: the fake leaves the step as it is.
+        (40, 64, 512, (32, 64, 256, 2), None),
+        (40, 64, 512, (32, 64, 128, 2), "K: got 512 with AITER's tile of 128"),
+        (40, 64, 512, (16, 64, 256, 1), None),
+        (
+            600,
+            64,
+            512,
+            (512, 64, 256, 1),
+            "tokens: got 600 with AITER's tile of 512; it would read beyond their scales",
+        ),
+        (600, 64, 512, (256, 64, 256, 1), None),
+    ],
+)
+def test_a_tile_of_a_product_with_shuffled_scales_that_it_must_not_have_is_refused(
+    installed, tokens, n, k, tile, words, monkeypatch
+):
+    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "NUM_KSPLIT")
+    asked = []
+
+    def table(*sizes):
+        asked.append(sizes)
+        return dict(zip(names, tile, strict=True)), True
+
+    monkeypatch.setattr(aiter_fakes, "_get_config", table)
+    answer = aiter.judge(GEMM, scaled(tokens, n, k), Level.FINITE)
+    if installed == "old":
+        assert not answer
+        return
+    assert set(asked) == {(tokens, n, k // 2, False)}
+    assert bool(answer) == (words is None)
+    assert answer or answer.why.startswith(words)
+
+
+def test_steps_of_k_are_judged_as_aiter_will_take_them(installed, monkeypatch):
+    tile = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 256, "NUM_KSPLIT": 4}
+    monkeypatch.setattr(aiter_fakes, "_get_config", lambda *sizes: (tile, True))
+    monkeypatch.setattr(aiter_fakes, "get_splitk", lambda half, depth, parts: (half, depth // 2, parts))
+    if installed == "new":
+        assert aiter.judge(GEMM, scaled(), Level.FINITE).why.startswith("K: got 512 with AITER's tile of 128")
+        # One step takes all of it: there is one part, which AITER does not cut.
+        assert aiter.judge(GEMM, scaled(k=256), Level.FINITE)
 
 
 def test_a_table_of_tiles_that_fails_is_a_reason(installed, monkeypatch):
@@ -357,19 +706,25 @@ def test_a_table_of_tiles_that_fails_is_a_reason(installed, monkeypatch):
         raise KeyError("any")
 
     monkeypatch.setattr(aiter_fakes, "_get_config", table)
-    answer = aiter.judge(GEMM, shuffled(), finite=True)
+    answer = aiter.judge(GEMM, shuffled(), Level.FINITE)
     assert not answer
     if installed == "new":
-        assert answer.why == "layout: got 'shuffled', and AITER's table of tiles failed with KeyError: 'any'"
-    assert aiter.judge(GEMM, product(), finite=True)
+        assert answer.why.startswith("layout: got 'shuffled', and AITER's table of tiles failed with KeyError: 'any'; ")
+    assert aiter.judge(GEMM, product(), Level.FINITE)
 
 
 def test_a_shuffled_weight_needs_a_release_whose_product_of_one_was_read():
-    assert _aiter_rules.accepts(GEMM, shuffled(), "new", TARGET, finite=True)
-    assert not _aiter_rules.accepts(GEMM, shuffled(), "new", TARGET)
-    answer = _aiter_rules.accepts(GEMM, shuffled(), "old", TARGET, finite=True)
-    assert answer == Verdict(False, "gemm_afp4wfp4_preshuffle of this release ('old') was never read")
-    assert _aiter_rules.accepts(GEMM, product(), "old", TARGET, finite=True)
+    for call, name in ((shuffled(), "gemm_afp4wfp4_preshuffle"), (scaled(), "gemm_afp4wfp4_preshuffled_scales")):
+        assert choose(GEMM, call) == (name, accepts(GEMM, call))
+        assert not accepts(GEMM, call, level=Level.EXACT)
+        answer = accepts(GEMM, call, "old")
+        assert answer == Verdict(False, f"{name} of this release ('old') was never read; no setting admits it")
+    assert accepts(GEMM, product(), "old")
+    answer = accepts(ROPE, decoded(), "old", level=Level.FAST)
+    assert not answer
+    assert (
+        "; nor by fused_qk_rope_concat_and_cache_mla: fused_qk_rope_concat_and_cache_mla of this release" in answer.why
+    )
 
 
 # Who is chosen.
@@ -380,22 +735,37 @@ def test_aiter_is_chosen_where_it_is_exact(installed):
     assert providers.select(ROPE, "cpu") == "reference"
     for op in (QUANT, NORM, ACT, GEMM, "mxfp4_gemm_a16w4.default", "fused_rope_mla_kv_cache.with_k"):
         assert providers.select(op, "cuda") == "triton"
-    assert providers.implementation("aiter", ROPE) is aiter.ADAPTERS[ROPE]
-    assert providers.implementation("aiter_finite", QUANT) is aiter.FINITE_ADAPTERS[QUANT]
-    assert [name for name in PROVIDER_CHOICES if providers.is_rule(name)] == ["aiter", "aiter_finite"]
-    for op in aiter.ADAPTERS:
-        assert providers.rule(op).startswith(f"each call of {op} is run by AITER if its metadata agree (")
-        assert providers.rule(op).endswith("), else by Triton")
+    for name in ("aiter", "aiter_finite", "aiter_fast"):
+        assert providers.implementation(name, ROPE) is aiter.ADAPTERS[name][ROPE]
+    assert len({id(adapters[ROPE]) for adapters in aiter.ADAPTERS.values()}) == 3
+    assert [name for name in PROVIDER_CHOICES if providers.is_rule(name)] == list(_aiter_numerics.LEVELS)
+    assert list(_aiter_numerics.LEVELS) == ["aiter", *providers.BY_NAME]
+    for name, op in itertools.product(_aiter_numerics.LEVELS, FUNCTIONS):
+        if _aiter_numerics.serves(op, level=_aiter_numerics.LEVELS[name]):
+            assert providers.rule(op, name).startswith(f"each call of {op} is run by AITER if its metadata agree (")
+            assert providers.rule(op, name).endswith("), else by Triton")
+
+
+def test_a_rule_in_words_has_what_is_asked_under_a_name_alone():
+    assert "norm rounded nowhere" in providers.rule(NORM, "aiter_finite")
+    assert "norm rounded nowhere" not in providers.rule(NORM, "aiter_fast")
+    assert "some rows, rows evenly apart" in providers.rule(NORM, "aiter_fast")
+    assert "hip" not in providers.rule(ROPE, "aiter")
+    assert "hip" not in providers.rule(ROPE, "aiter_finite")
+    words = providers.rule(ROPE, "aiter_fast")
+    assert words.index("powers of two") < words.index(") or (hip architecture, ")
+    assert "angles rounded alike" not in words
 
 
 def test_what_was_promised_is_chosen_by_name(installed):
     with pytest.raises(ProviderUnavailable, match=r"finite inputs only.*loses a NaN.*'aiter_finite' admits it"):
         providers.select(QUANT, "cuda", "aiter")
-    if installed == "new":
-        assert providers.select(QUANT, "cuda", "aiter_finite") == "aiter_finite"
-    else:
-        with pytest.raises(ProviderUnavailable, match="away from zero"):
-            providers.select(QUANT, "cuda", "aiter_finite")
+    for name in ("aiter_finite", "aiter_fast"):
+        if installed == "new":
+            assert providers.select(QUANT, "cuda", name) == name
+        else:
+            with pytest.raises(ProviderUnavailable, match=r"away from zero.*no setting admits it"):
+                providers.select(QUANT, "cuda", name)
 
 
 def test_a_name_that_cannot_serve_raises_with_the_whole_reason(installed, monkeypatch):
@@ -467,7 +837,10 @@ def test_golden_rope_and_cache(prefix, style):
     assert bool((kept[untouched] == -7).all())
 
 
-GROUPS = [*aiter_cases.GROUPS, "golden", "refused"]
+GROUPS = [*aiter_cases.GROUPS, *aiter_cases.FAST, "golden", "refused"]
+
+
+PRODUCTS = ("gemm", "shuffled", "shuffled_scales")
 
 
 def checked(tally, group):
@@ -480,10 +853,12 @@ def checked(tally, group):
     assert tally.cases == (tally.refused if group == "refused" else tally.equal + tally.within) > 0
     assert tally.within == 0 or group not in exact
     # Nearly all of the bytes of the other quants are decided.
-    assert tally.decided > 0.95 or group in ("gemm", "shuffled")
+    assert tally.decided > 0.95 or group in (*PRODUCTS, "fast_rope", "hip")
+    assert tally.other < 0.1
+    assert tally.other > 0 or group not in ("fast_rms", "fast_act")
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "hip"])
 def test_kernels_of_aiter_in_the_interpreter(group):
     source = os.environ.get("AITER_SOURCE", "")
     if not pathlib.Path(source, "aiter", "ops", "triton").is_dir():
@@ -505,11 +880,15 @@ def rocm():
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_of_aiter_on_a_gpu(group):
     name = aiter.arch.of(torch.device("cuda", torch.cuda.current_device())).name
-    if group in ("gemm", "shuffled") and name != "gfx950":
+    if group in PRODUCTS and name != "gfx950":
         pytest.skip(f"{name}: AITER's FP4 product is for gfx950")
-    if group == "rope" and not aiter._keeps_zeros():
+    if group == "hip" and name not in ("gfx942", "gfx950"):
+        pytest.skip(f"{name}: AITER's HIP kernels were read for gfx942 and gfx950")
+    if group in ("rope", "fast_rope") and not aiter._keeps_zeros():
         pytest.skip("this Triton compiles -x as 0 - x, so turned pairs of zeros differ in sign")
-    checked(aiter_cases.run(group, aiter_cases.Machine("cuda")), group)
+    # In float32, a product of a rotation may be part of an FMA.
+    machine = aiter_cases.Machine("cuda", rounds=group not in ("fast_rope", "hip"))
+    checked(aiter_cases.run(group, machine), group)
 
 
 @pytest.mark.rocm

@@ -45,7 +45,7 @@ def for_the_cpu(monkeypatch):
 @pytest.fixture(params=["new", "old"])
 def installed(request, monkeypatch, for_the_cpu):
     ruled_out = providers.ruled_out
-    monkeypatch.setattr(providers, "ruled_out", lambda op, device: ruled_out(op, "cuda"))
+    monkeypatch.setattr(providers, "ruled_out", lambda op, device, arguments: ruled_out(op, "cuda", arguments))
     with aiter_fakes.installed(request.param, monkeypatch):
         yield request.param
 
@@ -166,8 +166,8 @@ def test_a_models_own_write_is_pinned_and_settled(installed):
 
 def test_what_is_compiled_runs_aiter_and_gives_the_same(installed, monkeypatch):
     seen = []
-    adapter = aiter.ADAPTERS[ABSORBED]
-    monkeypatch.setitem(aiter.ADAPTERS, ABSORBED, lambda *a, **k: seen.append(1) or adapter(*a, **k))
+    adapter = aiter.ADAPTERS["aiter"][ABSORBED]
+    monkeypatch.setitem(aiter.ADAPTERS["aiter"], ABSORBED, lambda *a, **k: seen.append(1) or adapter(*a, **k))
     given, expected = inputs(), inputs()
     q = step(*expected)
     with fresh_cache():
@@ -200,10 +200,115 @@ def test_what_is_ruled_out_is_reported_with_the_switch(installed):
     assert [line.partition(":")[0] for line in lines] == [
         f"1 {op} not given to AITER, which is here" for op in (QUANT, "mxfp4_gemm.default")
     ]
-    assert all(switch in line for line in lines)
+    assert lines[0].endswith(
+        f"ours are 255 with codes 0, and 253; {switch}, and no scale, is Inf, NaN or as large as 1.75 * 2**127"
+    )
+    # What is said is of these sizes.
+    assert lines[1].endswith(
+        "AITER's products of K % 256 != 0 are known to go wrong (aiter#4176); no setting admits it"
+    )
     # Who asked for another provider does not ask.
     (graph,) = graphs(mxfp4_linear(), [tokens()], provider="triton")
     assert not any("AITER" in line for line in graph.report.messages)
+
+
+class Block(torch.nn.Module):
+    """A norm of the residual sum, and a gated activation, each before a W4A4 product: what a model in bfloat16 has."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(width).bfloat16())
+        self.up = fp.Mxfp4Linear.from_linear(torch.nn.Linear(width, 4 * width, bias=False).bfloat16())
+        self.down = fp.Mxfp4Linear.from_linear(torch.nn.Linear(2 * width, width, bias=False).bfloat16())
+
+    def forward(self, x, residual):
+        total = x + residual
+        wide = total.float()
+        normed = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+        gate, up = self.up(normed).chunk(2, -1)
+        return self.down(torch.nn.functional.silu(gate) * up), total
+
+
+ADD, ACT = "rmsnorm_add_mxfp4_quant.default", "silu_mul_mxfp4_quant.default"
+
+
+def block():
+    torch.manual_seed(0)
+    return Block(), [torch.randn(8, 64).bfloat16() for _ in range(2)]
+
+
+@pytest.mark.parametrize("provider", ["aiter_finite", "aiter_fast"])
+def test_a_model_that_rounds_is_given_to_aiter_where_it_was_asked_for(installed, provider):
+    model, given = block()
+    if installed == "old":
+        with pytest.raises(ProviderUnavailable, match=r"ties: away from zero.*no setting admits it"):
+            graphs(model, given, provider=provider)
+        return
+    (graph,) = graphs(model, given, provider=provider)
+    fast = provider == "aiter_fast"
+    runs = provider if fast else "triton"
+    names = given_to(graph.after.graph)
+    assert {name: names[name] for name in ("rmsnorm_add_mxfp4_quant", "silu_mul_mxfp4_quant")} == {
+        "rmsnorm_add_mxfp4_quant": runs,
+        "silu_mul_mxfp4_quant": runs,
+    }
+    assert [site.provider for site in graph.report.sites if site.status == FUSED] == [runs, runs]
+    for op, name in ((ADD, "fused_rms_mxfp4_quant"), (ACT, "act_mul_and_mxfp4_quant")):
+        (line,) = (line for line in graph.report.messages if op in line)
+        if fast:
+            assert line == (
+                f"1 {op} run by AITER, which is settled: {name} keeps float32 where ours rounds, as was asked for: "
+                "other bytes, also given that nothing quantised, and no scale, is Inf, NaN or as large as 1.75 * 2**127"
+            )
+        else:
+            assert line.startswith(f"1 {op} run by Triton, not by AITER: ")
+            assert "; provider='aiter_fast' admits it, with other bytes for ordinary inputs, if nothing quan" in line
+            assert line.count("admit") == 1
+
+
+def test_what_is_compiled_for_aiter_fast_keeps_float32(installed):
+    if installed == "old":
+        pytest.skip("nothing of it is given to old releases")
+    model, given = block()
+    with torch.no_grad(), fresh_cache():
+        result = compile_and_run(
+            model,
+            *given,
+            backend=fp.fusion_backend(provider="aiter_fast"),
+            options={"emulate_precision_casts": True},
+        )
+        wide = [tensor.float() for tensor in given]
+        exact = {"cast_order": "scale_cast", "norm_dtype": torch.float32}
+        codes, scales, total = OPS[ADD].reference(*wide, model.weight, 1e-6, **exact)
+        weight = model.up.weight_packed, model.up.weight_scale
+        both = OPS["mxfp4_gemm.default"].reference(codes, scales, *weight, out_dtype=torch.bfloat16)
+        codes, scales = OPS[ACT].reference(*both.float().chunk(2, -1), cast_order="mul_cast")
+        weight = model.down.weight_packed, model.down.weight_scale
+        y = OPS["mxfp4_gemm.default"].reference(codes, scales, *weight, out_dtype=torch.bfloat16)
+    assert torch.equal(result.output[0], y)
+    assert torch.equal(result.output[1], total.bfloat16())
+
+
+def test_what_is_ruled_out_of_a_call_names_the_setting_that_admits_that_call(installed):
+    """Not the one that admits other calls of the op."""
+    model, given = block()
+    (graph,) = graphs(model, given)
+    for op in (ADD, ACT):
+        (line,) = (line for line in graph.report.messages if op in line)
+        assert line.startswith(f"1 {op} not given to AITER, which is here: ")
+        assert "provider='aiter_fast' admits it" in line
+        assert "aiter_finite" not in line
+
+
+def test_what_is_ruled_out_of_an_op_is_said_where_sizes_are_not_known(installed):
+    model, given = block()
+    for tensor in given:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    (graph,) = graphs(model, given)
+    (line,) = (line for line in graph.report.messages if ADD in line)
+    assert "fused_rms_mxfp4_quant is exact for finite inputs only" in line
+    assert "provider='aiter_finite' admits it" in line
+    assert "(where ours rounds, provider='aiter_fast' admits it)" in line
 
 
 def test_nothing_is_said_of_an_aiter_that_is_not_here():
@@ -241,7 +346,8 @@ def test_calls_are_settled_one_by_one_and_counted(installed):
     assert lines == [
         f"1 {QUANT} run by AITER, which is settled: dynamic_mxfp4_quant is exact, given that nothing quantised, and no "
         "scale, is Inf, NaN or as large as 1.75 * 2**127",
-        f"2 {QUANT} run by Triton, not by AITER: x: got no rows (0, 64); AITER divides by their number",
+        f"2 {QUANT} run by Triton, not by AITER: x: got no rows (0, 64); AITER divides by their number; no "
+        "setting admits it",
     ]
 
 

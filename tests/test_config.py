@@ -25,16 +25,16 @@ def refused(call: Callable[[], object]) -> str:
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "provider, misspelt": (
         {"provider": "trition"},
-        "provider: got 'trition', allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference' "
+        "provider: got 'trition', allowed 'auto', 'aiter', 'aiter_finite', 'aiter_fast', 'triton', 'reference' "
         "(did you mean 'triton'?)",
     ),
     "provider, unheard of": (
         {"provider": "cuda"},
-        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference'",
+        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'aiter_fast', 'triton', 'reference'",
     ),
     "provider of another type": (
         {"provider": None},
-        "provider: got None, allowed 'auto', 'aiter', 'aiter_finite', 'triton', 'reference'",
+        "provider: got None, allowed 'auto', 'aiter', 'aiter_finite', 'aiter_fast', 'triton', 'reference'",
     ),
     "pass, misspelt": (
         {"passes": ["rmsnorm_mxfp4"]},
@@ -77,7 +77,7 @@ def test_good_settings_are_kept_in_one_form():
         assert config.passes == (name,)
         assert hash(config) == hash(fp.FusionConfig(passes=(name,)))
     assert fp.FusionConfig(passes=[]).passes == ()
-    for provider in ("auto", "aiter", "aiter_finite", "triton", "reference"):
+    for provider in ("auto", "aiter", "aiter_finite", "aiter_fast", "triton", "reference"):
         assert fp.fusion_backend(provider=provider).config.provider == provider
 
 

@@ -11,7 +11,7 @@ import torch
 from aiter_trees import NEW, WRONG, changes, state, write
 
 import fusionpasses
-from fusionpasses import _aiter_files, doctor, probes, providers
+from fusionpasses import _aiter_files, _aiter_numerics, doctor, probes, providers
 from fusionpasses.__main__ import main
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.kernels import arch
@@ -102,7 +102,7 @@ def test_with_a_gpu(gpu, capsys):
     assert "device cuda:0: NVIDIA H200, sm_90, 132 multiprocessors" in out
     assert "sm_90 has no FP4 arithmetic" in out
     rows = [line.split() for line in out.splitlines() if line.strip().startswith("mxfp4_gemm.default")]
-    assert rows == [["mxfp4_gemm.default", "-", "*", "yes", "-"]]
+    assert rows == [["mxfp4_gemm.default", "-", "*", "yes", "-", "-"]]
     code, found = examined(capsys)
     assert {row["choice"] for row in found["ops"].values()} == {"triton"}
     assert found["devices"] == [{"index": 0, "name": "NVIDIA H200", "arch": "sm_90", "processors": 132}]
@@ -177,7 +177,9 @@ def test_another_provider_needs_no_change_here(gpu, capsys, monkeypatch):
     monkeypatch.setattr(providers, "_IMPLEMENTS", {**providers._IMPLEMENTS, "other": frozenset({op})})
     code, out = run(capsys)
     assert code == 0
-    assert [line.split() for line in out.splitlines() if line.strip().startswith(op)] == [[op, "*", "yes", "yes", "-"]]
+    assert [line.split() for line in out.splitlines() if line.strip().startswith(op)] == [
+        [op, "*", "yes", "yes", "-", "-"]
+    ]
     _, found = examined(capsys, "--provider", "other")
     assert found["ops"][op]["choice"] == "other"
     assert found["ops"]["mxfp4_gemm.default"]["choice"] is None
@@ -201,7 +203,7 @@ def test_the_wrong_package_is_called_out(no_gpu, capsys, tmp_path, monkeypatch, 
 
 
 def test_aiter_that_is_asked_for_and_missing_is_a_problem(no_gpu, capsys):
-    for name in ("aiter", "aiter_finite"):
+    for name in ("aiter", "aiter_finite", "aiter_fast"):
         code, found = examined(capsys, "--provider", name)
         assert code == 1
         (problem,) = found["problems"]
@@ -233,7 +235,23 @@ def test_what_numerics_rule_out_is_said_with_the_switch(no_gpu, capsys):
     absorbed = {each["function"]: each for each in found["ops"]["fused_rope_mla_kv_cache.absorbed"]["aiter"]}
     assert absorbed["fused_qk_rope_cat_and_cache_mla"]["ruled_out"] == []
     hip = absorbed["fused_qk_rope_concat_and_cache_mla"]
-    assert [text.partition(":")[0] for text in hip["ruled_out"]] == ["rounding", "cache scaling"]
+    assert [text.partition(":")[0] for text in hip["ruled_out"]] == ["rounding"]
+    assert [text.partition(":")[0] for text in hip["by_call"]] == ["cache scaling"]
+    assert hip["by_call"][0].endswith("(else no setting admits it)")
+    assert hip["switch"].startswith("provider='aiter_fast' admits it, with other bytes for ordinary inputs, if nothing")
+    assert hip["why"].startswith(
+        "fused_qk_rope_concat_and_cache_mla is float32 where ours rounds: rounding: float32 with"
+    )
+    for op in ("rmsnorm_mxfp4_quant.default", "silu_mul_mxfp4_quant.default"):
+        new = next(each for each in found["ops"][op]["aiter"] if each["release"] == "new")
+        (by_call,) = new["by_call"]
+        assert by_call.endswith("(where ours rounds, provider='aiter_fast' admits it)")
+        # The text names both settings.
+        assert "provider='aiter_finite' admits it" in new["why"]
+        assert by_call in new["why"]
+        old = next(each for each in found["ops"][op]["aiter"] if each["release"] == "old")
+        assert "aiter_f" not in old["why"]  # no level admits what rounds ties away from zero
+    assert "provider='aiter_fast' admits it" in out
     gemm = [each["function"] for each in found["ops"]["mxfp4_gemm.default"]["aiter"]]
     assert gemm == ["gemm_afp4wfp4", "gemm_afp4wfp4_preshuffle", "gemm_afp4wfp4_preshuffled_scales"]
     # The sentence that errors and the report have.
@@ -249,7 +267,7 @@ def test_numerics_of_aiter_are_listed_where_somebody_has_use_for_them(gpu, capsy
     _, out = run(capsys)
     assert heading not in out
     assert "--provider aiter lists what keeps AITER's kernels from calls" in out
-    for arguments in (("--provider", "aiter"), ("--provider", "aiter_finite")):
+    for arguments in (("--provider", "aiter"), ("--provider", "aiter_finite"), ("--provider", "aiter_fast")):
         assert heading in run(capsys, *arguments)[1]
     monkeypatch.setattr("fusionpasses.probes.probe_aiter", lambda: Verdict(True, "AITER at a place"))
     assert heading in run(capsys)[1]
@@ -266,6 +284,11 @@ def test_an_aiter_that_is_here_is_chosen_where_it_is_exact(gpu, capsys, monkeypa
     assert (code, found["problems"]) == (0, [])
     assert found["ops"]["dynamic_mxfp4_quant.default"]["choice"] == "aiter_finite"
     assert "AITER writes the query" in found["ops"]["fused_rope_mla_kv_cache.default"]["error"]
+    assert "; no setting admits it" in found["ops"]["fused_rope_mla_kv_cache.default"]["error"]
+    code, found = examined(capsys, "--provider", "aiter_fast")
+    assert (code, found["problems"]) == (0, [])
+    chosen = {op for op, row in found["ops"].items() if row["choice"] == "aiter_fast"}
+    assert chosen == set(_aiter_numerics.FUNCTIONS)
 
 
 def test_help_says_what_the_exit_code_means(capsys):

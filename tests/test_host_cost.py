@@ -116,6 +116,7 @@ def _kernels() -> list[Any]:
         mxfp4_gemm_dot,
         mxfp4_gemm_sum,
         rmsnorm_mxfp4_quant,
+        rmsnorm_mxfp4_quant_pair,
         rope_mla_kv_cache,
         silu_mul_mxfp4_quant,
     )
@@ -123,6 +124,7 @@ def _kernels() -> list[Any]:
     return [
         dynamic_mxfp4_quant.dynamic_mxfp4_quant,
         rmsnorm_mxfp4_quant.rmsnorm_mxfp4_quant,
+        rmsnorm_mxfp4_quant_pair.rmsnorm_mxfp4_quant_pair,
         mxfp4_gemm.mxfp4_gemm,
         mxfp4_gemm.mxfp4_gemm_arrange,
         mxfp4_dequantize.mxfp4_dequantize,
@@ -175,6 +177,16 @@ class Call:
         if self.weight is not None:
             weight = _rows((), n, self.dtype if self.weight != torch.float32 else self.weight, self.weight_offset, 0)
         norm_dtype = torch.float32 if self.wide_norm else None
+        if self.name.endswith(".with_second"):
+            x2 = _rows(tuple(x.shape[:-1]), n + 32, self.dtype, self.residual_offset, self.residual_padding)
+            weight2 = None if weight is None else _rows((), n + 32, weight.dtype, self.weight_offset, 0)
+            return [x, weight, self.eps, x2, weight2, 2 * self.eps], {
+                "cast_order": self.cast_order,
+                "norm_dtype": norm_dtype,
+                "cast_order2": self.cast_order,
+                "norm_dtype2": norm_dtype,
+                "scale_mode": self.scale_mode,
+            }
         return [*tensors, weight, self.eps], {
             "cast_order": self.cast_order,
             "norm_dtype": norm_dtype,

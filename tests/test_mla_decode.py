@@ -101,7 +101,8 @@ def test_every_site_of_every_layer_fuses(step):
     layers = 3
     model = build(dataclasses.replace(TINY, num_hidden_layers=layers), "cpu")
     with torch.no_grad():
-        report = assert_equivalent(model, step(model), dynamic=False, fullgraph=True).report
+        result = assert_equivalent(model, step(model), dynamic=False, fullgraph=True)
+    report = result.report
     (graph,) = report.graphs
     expected = expected_ops(model.config)
     assert {op: graph.ops_after.get(op, 0) for op in expected} == expected
@@ -114,6 +115,17 @@ def test_every_site_of_every_layer_fuses(step):
     norms = sorted(site.where.module for site in report.fused if site.op.startswith("rmsnorm"))
     names = ("attention.q_a_norm", "input_norm", "post_attention_norm")
     assert norms == [f"layers.{i}.{name}" for i in range(layers) for name in names]
+    pairs = sorted((site.where.module, site.notes) for site in report.fused if site.op.endswith(".with_second"))
+    assert pairs == [
+        (
+            f"layers.{i}.attention.q_a_norm",
+            (f"the second norm of the same rows, layers.{i}.attention.kv_a_norm, was taken in",),
+        )
+        for i in range(layers)
+    ]
+    (after,) = (captured.after for captured in result.graphs)
+    # The very last norm: what it gives is not quantised.
+    assert [str(node.target) for node in after.graph.nodes].count("aten.rsqrt.default") == 1
 
 
 @pytest.mark.slow
@@ -123,7 +135,8 @@ def test_the_script_compiles_compares_and_says_so(capsys):
     said = capsys.readouterr().out
     for line in (
         f"2 fused into {ROPE}.absorbed_bmm",
-        "3 fused into rmsnorm_mxfp4_quant.default",
+        "1 fused into rmsnorm_mxfp4_quant.default",
+        "2 fused into rmsnorm_mxfp4_quant.with_second",
         "3 fused into rmsnorm_add_mxfp4_quant.default",
         "2 fused into silu_mul_mxfp4_quant.default",
         ", 0 differ",

@@ -101,22 +101,30 @@ def test_a_shuffled_weight_has_its_bytes_where_aiter_reads_them_and_is_undone(
     torch.manual_seed(seed)
     rows, width = 32 * rows, 256 * pieces
     codes, scales = weight(rows, width, 0, 256)
-    shuffled = _mxfp4_weight.shuffle(codes, scales)
-    assert [t.shape for t in shuffled] == [(rows // 16, width * 8), (rows // 32, width)]
-    assert all(t.is_contiguous() for t in shuffled)
-    back = shuffled_layout.put_back(*shuffled, rows, width)
-    for again in (back, _mxfp4_weight.unshuffle(*shuffled)):
-        assert torch.equal(again[0], codes)
-        assert torch.equal(again[1], scales)
-        assert again[0].is_contiguous()
-    values = _mxfp4_weight.linear(*shuffled, "shuffled", rows, 0, width)
-    torch.testing.assert_close(values, _mxfp4.dequantize(codes, scales), rtol=0, atol=0, equal_nan=True)
+    of_codes = {"shuffled": (rows // 16, width * 8), "shuffled_scales": (rows, width // 2)}
+    for layout in _mxfp4_weight.SHUFFLED:
+        shuffled = _mxfp4_weight.shuffle(codes, scales, layout)
+        assert [t.shape for t in shuffled] == [of_codes[layout], (rows // 32, width)]
+        assert all(t.is_contiguous() for t in shuffled)
+        back = shuffled_layout.put_back(*shuffled, rows, width)
+        if layout == "shuffled_scales":
+            assert shuffled[0] is codes
+            back = codes, back[1]
+        for again in (back, _mxfp4_weight.unshuffle(*shuffled, layout)):
+            assert torch.equal(again[0], codes)
+            assert torch.equal(again[1], scales)
+            assert again[0].is_contiguous()
+            assert again[1].is_contiguous()
+        values = _mxfp4_weight.linear(*shuffled, layout, rows, 0, width)
+        torch.testing.assert_close(values, _mxfp4.dequantize(codes, scales), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", _mxfp4_weight.SHUFFLED)
 @pytest.mark.parametrize(("rows", "width"), [(16, 256), (48, 256), (0, 256), (32, 128), (32, 288)])
-def test_sizes_that_a_shuffled_weight_cannot_have_are_refused(rows: int, width: int) -> None:
-    with pytest.raises(UnsupportedInput, match=rf"got {rows} rows of {width}, allowed .* 32 rows .* 256 .*no padding"):
-        _mxfp4_weight.shuffle(*weight(rows, width, 120, 130))
+def test_sizes_that_a_shuffled_weight_cannot_have_are_refused(rows: int, width: int, layout: str) -> None:
+    reason = rf"got {rows} rows of {width}, allowed .* 32 rows .* 256 with layout '{layout}': it has no padding"
+    with pytest.raises(UnsupportedInput, match=reason):
+        _mxfp4_weight.shuffle(*weight(rows, width, 120, 130), layout)
 
 
 # ---- arguments
@@ -150,6 +158,23 @@ def _call(**changes: Any) -> Tensor:
         ),
         (
             {"layout": "shuffled", "rows": 32, "x": torch.randn(2, 256), "w_codes": torch.zeros(2, 2048).byte()},
+            r"w_scales: got shape \(8, 2\) .* allowed \(1, 256\)",
+        ),
+        (
+            {"layout": "shuffled_scales"},
+            "rows, shift: got None and 0 with layout 'shuffled_scales', allowed N >= 1 and 0",
+        ),
+        ({"layout": "shuffled_scales", "rows": 32, "shift": 1}, "got 32 and 1 with layout 'shuffled_scales'"),
+        (
+            {"layout": "shuffled_scales", "rows": 8},
+            "got 8 rows of 64, .* with layout 'shuffled_scales': it has no padd",
+        ),
+        (
+            {"layout": "shuffled_scales", "rows": 32, "x": torch.randn(2, 256)},
+            r"w_codes: got shape \(8, 32\) for 32 rows of 256, allowed \(32, 128\) with layout 'shuffled_scales'",
+        ),
+        (
+            {"layout": "shuffled_scales", "rows": 32, "x": torch.randn(2, 256), "w_codes": torch.zeros(32, 128).byte()},
             r"w_scales: got shape \(8, 2\) .* allowed \(1, 256\)",
         ),
         ({"bias": torch.zeros(4)}, r"bias: got torch.float32 \(4,\), allowed \[8\]"),
@@ -229,22 +254,22 @@ def test_kernels_get_a_shuffled_weight_in_order(name: str, tokens: int, monkeypa
     operands = weight(64, 512, 124, 130)
     x = torch.randn(tokens, 512).bfloat16()
     every = []
-    for w, keywords in (
-        (operands, {}),
-        (_mxfp4_weight.shuffle(*operands), {"layout": "shuffled", "rows": 64}),
-    ):
+    for layout in ("linear", *_mxfp4_weight.SHUFFLED):
+        keywords: dict[str, Any] = {} if layout == "linear" else {"layout": layout, "rows": 64}
+        w = _mxfp4_weight.shuffle(*operands, layout) if keywords else operands
         launched.clear()
         _triton_gemm._mxfp4_gemm(*_mxfp4.quantize(x, "even"), *w, out_dtype=torch.bfloat16, **keywords)
         _triton_gemm._mxfp4_gemm_a16w4(x, *w, **keywords)
         every.append(list(launched))
-    assert len(every[0]) == len(every[1]) >= 2
-    for (args, options), (others, other_options) in zip(*every, strict=True):
-        assert options == other_options
-        for one, other in zip(args, others, strict=True):
-            if isinstance(one, Tensor) and one.dtype == torch.uint8:
-                assert torch.equal(one, other)
-            elif not isinstance(one, Tensor):
-                assert one == other
+    assert len(every[0]) >= 2
+    for launches in every[1:]:
+        for (args, options), (others, other_options) in zip(every[0], launches, strict=True):
+            assert options == other_options
+            for one, other in zip(args, others, strict=True):
+                if isinstance(one, Tensor) and one.dtype == torch.uint8:
+                    assert torch.equal(one, other)
+                elif not isinstance(one, Tensor):
+                    assert one == other
 
 
 # ---- the kernels, interpreted
@@ -561,14 +586,15 @@ def test_gpu_no_copy_of_a_weight_outlives_the_call(tokens: int) -> None:
     assert torch.cuda.max_memory_allocated() - before <= scratch + out.numel() * 2 + 4096
 
 
+@pytest.mark.parametrize("layout", _mxfp4_weight.SHUFFLED)
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (1, 16, 200)])
-def test_gpu_a_shuffled_weight_gives_the_bytes_of_the_weight_as_stored(tokens: int) -> None:
+def test_gpu_a_shuffled_weight_gives_the_bytes_of_the_weight_as_stored(tokens: int, layout: str) -> None:
     codes, scales = weight(576, 2048, 118, 126, "cuda")
-    shuffled = _mxfp4_weight.shuffle(codes, scales)
+    shuffled = _mxfp4_weight.shuffle(codes, scales, layout)
     for _ in range(3):  # full calls, then replayed ones
         x = torch.randn(tokens, 2048, device="cuda").bfloat16()
         want = ours.mxfp4_gemm_a16w4(x, codes, scales, provider="triton")
-        got = ours.mxfp4_gemm_a16w4(x, *shuffled, layout="shuffled", rows=576, provider="triton")
+        got = ours.mxfp4_gemm_a16w4(x, *shuffled, layout=layout, rows=576, provider="triton")
         assert torch.equal(got, want)
 
 

@@ -205,14 +205,15 @@ def check_shuffled() -> None:
     for tokens, rows, width in ((1, 32, 256), (20, 64, 768)):
         torch.manual_seed(tokens)
         w, x = weight(rows, width, 124, 131), torch.randint(-3, 4, (tokens, width)).bfloat16()
-        bias, keywords = torch.randint(-9, 9, (rows,)).float(), {"layout": "shuffled", "rows": rows}
+        bias = torch.randint(-9, 9, (rows,)).float()
         want = (x.float() @ _mxfp4.dequantize(*w).T + bias).bfloat16()
-        shuffled = _mxfp4_weight.shuffle(*w)
-        assert torch.equal(_triton_gemm._mxfp4_gemm_a16w4(x, *shuffled, bias, **keywords), want)
         codes = _mxfp4.quantize(x, "even")
-        want = (_mxfp4.dequantize(*codes) @ _mxfp4.dequantize(*w).T + bias).bfloat16()
-        got = _triton_gemm._mxfp4_gemm(*codes, *shuffled, bias, out_dtype=torch.bfloat16, **keywords)
-        assert torch.equal(got, want)
+        want_of_codes = (_mxfp4.dequantize(*codes) @ _mxfp4.dequantize(*w).T + bias).bfloat16()
+        for layout in _mxfp4_weight.SHUFFLED:
+            shuffled, keywords = _mxfp4_weight.shuffle(*w, layout), {"layout": layout, "rows": rows}
+            assert torch.equal(_triton_gemm._mxfp4_gemm_a16w4(x, *shuffled, bias, **keywords), want)
+            got = _triton_gemm._mxfp4_gemm(*codes, *shuffled, bias, out_dtype=torch.bfloat16, **keywords)
+            assert torch.equal(got, want_of_codes)
 
 
 GROUPS = {"products": check_products, "values": check_values, "sums": check_sums, "shuffled": check_shuffled}

@@ -164,7 +164,7 @@ def test_an_input_that_requires_grad_is_refused_not_cut_off():
 # ---- the kernel's layout
 
 
-@pytest.mark.parametrize(("layout", "n", "k"), [("tiles", 40, 96), ("shuffled", 32, 256)])
+@pytest.mark.parametrize(("layout", "n", "k"), [("tiles", 40, 96), ("shuffled", 32, 256), ("shuffled_scales", 32, 256)])
 @pytest.mark.parametrize("act", ["mxfp4", "none"])
 def test_a_prepared_layer_is_the_same_layer(act, layout, n, k):
     torch.manual_seed(0)
@@ -188,24 +188,30 @@ def test_a_prepared_layer_is_the_same_layer(act, layout, n, k):
     linear.unprepare()
     assert linear.layout == "linear"
     assert torch.equal(linear.weight_packed, packed)
+    assert torch.equal(linear.weight_scale, before["weight_scale"])
+    # A prepared layer's scales are not those of the checkpoint, in any layout.
+    assert not torch.equal(fresh.weight_scale.flatten(), before["weight_scale"].flatten())
 
 
 def test_a_layer_is_prepared_anew_for_another_kernel():
     linear = fp.Mxfp4Linear.from_linear(nn.Linear(256, 32), act="none")
     before, x = copy.deepcopy(linear.state_dict()), torch.randn(3, 256)
     want = linear(x)
-    for layout in ("tiles", "shuffled", "tiles"):
+    for layout in ("tiles", "shuffled", "shuffled_scales", "tiles", "shuffled_scales", "shuffled", "tiles"):
         assert linear.prepare(layout).layout == layout
         assert torch.equal(linear(x), want)
         assert all(torch.equal(linear.state_dict()[name], before[name]) for name in before)
     assert linear.prepare() is linear
     assert linear.layout == "tiles"
-    with pytest.raises(fp.UnsupportedInput, match="layout: got 'linear', allowed 'tiles' and 'shuffled'; unprep"):
+    with pytest.raises(
+        fp.UnsupportedInput, match="got 'linear', allowed 'tiles', 'shuffled' and 'shuffled_scales'; unp"
+    ):
         linear.prepare("linear")
     small = fp.Mxfp4Linear.from_linear(nn.Linear(64, 32), act="none").prepare()
-    with pytest.raises(fp.UnsupportedInput, match="got 32 rows of 64, allowed positive multiples of 32 rows"):
-        small.prepare("shuffled")
-    assert small.layout == "tiles"
+    for layout in ("shuffled", "shuffled_scales"):
+        with pytest.raises(fp.UnsupportedInput, match="got 32 rows of 64, allowed positive multiples of 32 rows"):
+            small.prepare(layout)
+        assert small.layout == "tiles"
 
 
 def test_a_weight_that_cannot_be_prepared_stays_and_works():

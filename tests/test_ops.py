@@ -35,6 +35,20 @@ def test_fake_gives_the_shapes_dtypes_and_strides_of_the_real_op(op):
             assert r.is_contiguous()
 
 
+def test_two_norms_in_one_op_are_each_what_it_is_alone():
+    for (x, weight, eps, x2, weight2, eps2), kwargs in OPS["rmsnorm_mxfp4_quant.with_second"].samples(CPU):
+        both = ours.rmsnorm_mxfp4_quant.with_second(x, weight, eps, x2, weight2, eps2, **kwargs)
+        first, second = (
+            {key: kwargs[f"{key}{end}"] for key in ("cast_order", "norm_dtype") if f"{key}{end}" in kwargs}
+            for end in ("", "2")
+        )
+        scale_mode = kwargs.get("scale_mode", "even")
+        alone = ours.rmsnorm_mxfp4_quant(x, weight, eps, **first, scale_mode=scale_mode)
+        *_, norm2 = ours.rmsnorm_mxfp4_quant.with_norm(x2, weight2, eps2, **second)
+        for got, want in zip(both, (*alone, norm2), strict=True):
+            assert torch.equal(got, want)
+
+
 def load(case):
     return np.load(GOLDEN / "mxfp4" / f"{case}.npz")
 
@@ -219,6 +233,12 @@ X = torch.randn(4, 64)
 W = torch.randn(64)
 Q, S = ours.dynamic_mxfp4_quant(X)
 
+
+def with_second(x2=X, weight2=W, **changed):
+    kwargs = {"cast_order": "cast_scale", "cast_order2": "cast_scale", **changed}
+    return ours.rmsnorm_mxfp4_quant.with_second(X, W, 1e-6, x2, weight2, 1e-6, **kwargs)
+
+
 REFUSED = {
     "integer input": (lambda: ours.dynamic_mxfp4_quant(X.int()), "x.dtype: got torch.int32, allowed torch.bfloat16"),
     "float64 input": (lambda: ours.dynamic_mxfp4_quant(X.double()), "x.dtype: got torch.float64"),
@@ -234,7 +254,7 @@ REFUSED = {
     ),
     "provider": (
         lambda: ours.dynamic_mxfp4_quant(X, provider="cuda"),
-        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'triton'",
+        "provider: got 'cuda', allowed 'auto', 'aiter', 'aiter_finite', 'aiter_fast', 'triton'",
     ),
     "provider that cannot": (lambda: ours.dynamic_mxfp4_quant(X, provider="triton"), "serves GPU tensors"),
     "gradient": (lambda: ours.dynamic_mxfp4_quant(X.clone().requires_grad_()), "has no gradient"),
@@ -255,6 +275,32 @@ REFUSED = {
         lambda: ours.rmsnorm_mxfp4_quant(X, W.half(), 1e-6, cast_order="cast_scale"),
         "weight.dtype: got torch.float16 with x torch.float32",
     ),
+    "second of other rows": (
+        lambda: with_second(X[:2]),
+        "x2: got torch.float32 (2, 64) on cpu, allowed torch.float32 (4, 'N2') on cpu, as x but for the width",
+    ),
+    "second of another rank": (lambda: with_second(X[None]), "x2: got torch.float32 (1, 4, 64)"),
+    "second dtype": (lambda: with_second(X.half()), "x2: got torch.float16 (4, 64)"),
+    "second width": (
+        lambda: with_second(X[:, :40]),
+        "x2: got shape (4, 40), allowed [..., N2] with N2 a positive multiple of 32; norm it by itself",
+    ),
+    "no second width": (lambda: with_second(X[:, :0]), "x2: got shape (4, 0)"),
+    "second weight shape": (
+        lambda: with_second(weight2=W[:32]),
+        "weight2: got shape (32,), allowed [64], the width of x2",
+    ),
+    "second weight dtype": (
+        lambda: with_second(weight2=W.half()),
+        "weight2.dtype: got torch.float16 with x2 torch.float32",
+    ),
+    "second cast order": (lambda: with_second(cast_order2="none"), "cast_order2: got 'none'"),
+    "second norm dtype": (
+        lambda: with_second(norm_dtype2=torch.float16),
+        "norm_dtype2: got torch.float16, allowed torch.float32 (that of x2)",
+    ),
+    "first cast order": (lambda: with_second(cast_order="none"), "cast_order: got 'none'"),
+    "scale mode beside a second": (lambda: with_second(scale_mode="up"), "scale_mode: got 'up'"),
     "residual shape": (
         lambda: ours.rmsnorm_add_mxfp4_quant(X, X[:1], W, 1e-6, cast_order="cast_scale"),
         "residual: got torch.float32 (1, 64)",

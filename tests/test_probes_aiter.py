@@ -12,7 +12,22 @@ import time
 import pytest
 import torch
 import torch._dynamo.config
-from aiter_trees import BROKEN, GEMM, LIVING, NEW, OLD, RMS, ROPE, ROUNDINGS, WRONG, changes, function, state, write
+from aiter_trees import (
+    BROKEN,
+    GEMM,
+    HIP_ROPE,
+    LIVING,
+    NEW,
+    OLD,
+    RMS,
+    ROPE,
+    ROUNDINGS,
+    WRONG,
+    changes,
+    function,
+    state,
+    write,
+)
 from helpers import Projection, tokens
 
 import fusionpasses as fp
@@ -284,6 +299,9 @@ def test_aiter_on_its_gpus(tree, amd_gpu):
     for probe in PUBLIC:
         ruled_out = "provider='aiter_finite' admits it" in probe().why and "so Triton's kernel runs" in probe().why
         assert ruled_out == (probe is not probes.has_fused_rope_mla_kv_cache)
+        # And what admits the calls in which AITER leaves a rounding out.
+        fast = "(where ours rounds, provider='aiter_fast' admits it)" in probe().why
+        assert fast == (probe is probes.has_fused_rmsnorm_mxfp4_quant)
 
 
 def test_aiter_without_triton_runs_nothing(tree, amd_gpu, monkeypatch):
@@ -502,6 +520,12 @@ PADDED = f"{RMS}, scale_shuffle_padding=False"
         ("fused_qk_rope_cat_and_cache_mla", ROPE, "old"),
         ("fused_qk_rope_cat_and_cache_mla", f"{ROPE}, shuffled_kv_cache=False", "new"),
         ("fused_qk_rope_cat_and_cache_mla", f"{ROPE}, shuffled=False", None),
+        # Without the last parameter it writes no query for a token without a slot: known, and never given a call.
+        ("fused_qk_rope_concat_and_cache_mla", HIP_ROPE, "old"),
+        ("fused_qk_rope_concat_and_cache_mla", f"{HIP_ROPE}, compute_all_q_rope=False", "new"),
+        ("fused_qk_rope_concat_and_cache_mla", f"{HIP_ROPE}, compute_all=False", None),
+        ("gemm_afp4wfp4_preshuffled_scales", GEMM, "new"),
+        ("gemm_afp4wfp4_preshuffled_scales", f"{GEMM}, skip_reduce=False", None),
     ],
 )
 def test_signatures(tree, name, parameters, release):

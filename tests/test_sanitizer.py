@@ -30,7 +30,7 @@ def make_calls() -> None:
     from fusionpasses.providers.triton import ADAPTERS
 
     for name, adapter in ADAPTERS.items():
-        if "mla" in name:
+        if "mla" in name or name.endswith(".with_second"):
             for args, kwargs in OPS[name].samples(torch.device("cuda")):
                 adapter(*args, **kwargs)
             continue

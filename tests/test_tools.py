@@ -70,7 +70,7 @@ def test_a_compiler_that_cxx_names_must_exist(tmp_path):
 needs_triton = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 CONFIG = configs.Config("sm_100", "add+norm", "bf16", 7168, 1024)
-QUANTS, GATED, PRODUCTS, CACHE, DOTS = codegen.FAMILIES
+QUANTS, GATED, PRODUCTS, CACHE, PAIRS, DOTS = codegen.FAMILIES
 GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(1, 16))
 
 
@@ -130,9 +130,10 @@ def test_every_file_of_the_kernels_decides_the_hash_of_a_family():
         (GATED, ("_pieces", "silu_mul_mxfp4_quant", "_mxfp4"), {"scale_mode": "ceil"}),
         (PRODUCTS, ("_mxfp4_words", "_shared_memory", "mxfp4_gemm", "mxfp4_dequantize", "gemm_choice"), {"n": 2048}),
         (CACHE, ("_pieces", "rope_mla_kv_cache"), {"negative_slots": "wrap"}),
+        (PAIRS, ("_pieces", "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair", "_mxfp4"), {"scale_mode": "ceil"}),
         (DOTS, ("mxfp4_gemm_dot", "mxfp4_gemm_sum"), {"bias": False}),
     ],
-    ids=("quants", "gated", "products", "cache", "dots"),
+    ids=("quants", "gated", "products", "cache", "pairs", "dots"),
 )
 def test_the_hash_is_of_code_not_of_comments(tmp_path, monkeypatch, family, files, change):
     kernels = pathlib.Path("fusionpasses", "kernels")
@@ -296,6 +297,7 @@ SMALL = [
     configs.CacheConfig("sm_90", "absorbed", "bf16", 64, 16, cache="paged apart"),
     configs.Config("gfx950", "add+norm", "bf16", 1024, 64),
     configs.DotConfig("gfx950", "dots", 16, 1000, 2880, codes=True),
+    configs.PairConfig("sm_90", "norm, and another norm", "bf16", 512, 1536, 64),
 ]
 
 
@@ -307,7 +309,7 @@ def test_what_the_kernels_promise_is_found_in_their_code(config, examined):
 
 @needs_triton
 def test_code_that_breaks_a_promise_is_refused(examined):
-    quant, add, norm, amd, rope, mi350, dots = SMALL
+    quant, add, norm, amd, rope, mi350, dots, pair = SMALL
     pdl = "no instruction for: waits before any access, no instruction for: lets the next kernel come"
     pairs = "minima and maxima in pairs, no instruction for: nibbles picked by byte"
     # Without the PTX.
@@ -326,6 +328,8 @@ def test_code_that_breaks_a_promise_is_refused(examined):
     # Decoded, though codes could be multiplied; in tiles that are too large.
     assert examined(dots, MODE=0) == "no instruction for: products of codes"
     assert examined(dots, BLOCK_M=256, BLOCK_N=256, num_warps=8).startswith("spills ")
+    of_pair = f"no instruction for: bf16 in pairs, no instruction for: {pairs}, no instruction for: rounded in pairs"
+    assert examined(pair, ISA=PLAIN) == f"{of_pair}, {pdl}"
     # Pieces by element.
     assert "loads of" in examined(rope, VECTOR=1)
     # Triton itself would raise at the launch.

@@ -50,6 +50,7 @@ from tools.configs import (
 )
 from tools.dot_configs import DOT_CHAINS, DotConfig
 from tools.launches import compile_launch, launches
+from tools.pair_configs import PAIR_CHAINS, PairConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "compatibility.md"
@@ -98,6 +99,13 @@ FAMILIES = (
         tuple(CACHE_CHAINS),
         ("_pieces", "arch", "rope_mla_kv_cache"),
         "all pairs of\nsizes, strides, dtypes, styles, angles, caches and slots, and each choice of the heuristics.",
+    ),
+    Family(
+        "pairs",
+        PairConfig,
+        tuple(PAIR_CHAINS),
+        ("_pieces", "arch", "_mxfp4", "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair"),
+        "every two\ntargets, widths, rows, strides, dtypes, roundings and scale modes meet.",
     ),
     Family(
         "dots",

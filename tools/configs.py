@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tools.dot_configs import DotConfig, every_dot, some_dots
+from tools.pair_configs import PairConfig, every_pair, some_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = torch.float8_e4m3fn
@@ -279,7 +280,7 @@ SIZES = {"DeepSeek": (512, 512, 64), "odd": (36, 33, 6)}
 
 #: The op's name, and arguments without data.
 Call = tuple[str, list[Any], dict[str, Any]]
-AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig | DotConfig
+AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig | DotConfig | PairConfig
 
 
 #: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
@@ -388,7 +389,8 @@ def pairwise() -> list[AnyConfig]:
     gemms = [c for c in every if c.target in ("sm_90", "gfx942") and c.rows == 1000 and c.n == 2880]
     gemms = [*some, *gemms]
     gemms = [c for c in gemms if (c.layout, c.tokens) not in (("linear", 1), ("linear", 64), ("tiles", 16))]
-    return [*quants, *gated, *gemms, *map(_cache_config, covering(CACHE_FACTORS)), *some_dots(TARGETS)]
+    writes = map(_cache_config, covering(CACHE_FACTORS))
+    return [*quants, *gated, *gemms, *writes, *some_dots(TARGETS), *some_pairs(TARGETS)]
 
 
 def every_gemm() -> list[GemmConfig]:
@@ -460,7 +462,7 @@ def every(launches: Launches) -> list[AnyConfig]:
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
     # A gated quant's tile depends on the number of blocks alone, and the subset has both.
     gated = [config for config in pairwise() if isinstance(config, GatedConfig)]
-    return [*configs, *every_gemm(), *every_dot(TARGETS), *gated]
+    return [*configs, *every_gemm(), *every_dot(TARGETS), *gated, *every_pair(TARGETS, covering)]
 
 
 def _kind(config: Config, launch: Any) -> tuple[Any, ...]:

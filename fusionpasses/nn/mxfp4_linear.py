@@ -124,19 +124,21 @@ class Mxfp4Linear(nn.Module):
         """Put the weight in the order in which one kernel reads it.
 
         "tiles" is that of the kernel for few tokens on NVIDIA GPUs from Hopper on. "shuffled" is that of AITER's
-        preshuffled product on gfx950, which ``fusion_backend(provider="aiter_finite")`` calls with ``act="mxfp4"``.
-        For others, do not: they read the checkpoint's order only, so a weight in tiles is dequantised, and a shuffled
-        one put back, in every call. The values are the same, and ``state_dict`` does not change. Does nothing to a
-        weight that has that layout already. "tiles" waits for the device.
+        preshuffled product on gfx950, which ``fusion_backend(provider="aiter_finite")`` calls with ``act="mxfp4"``;
+        "shuffled_scales", whose codes stay as they are, that of another one, for 32 tokens and more. For others, do
+        not: they read the checkpoint's order only, so a weight in tiles is dequantised, and a shuffled one put back, in
+        every call. The values are the same, and ``state_dict`` does not change. Does nothing to a weight that has that
+        layout already. "tiles" waits for the device.
 
         Raises:
-            UnsupportedInput: the layout is none of these two; the weight cannot have it ("tiles": it is on the meta
-                device, or folding its scales into the codes' would not be exact, because of NaN or too wide a span;
-                "shuffled": out_features % 32 or in_features % 256). It stays as it is, and works.
+            UnsupportedInput: the layout is none of these; the weight cannot have it ("tiles": it is on the meta device,
+                or folding its scales into the codes' would not be exact, because of NaN or too wide a span; "shuffled"
+                and "shuffled_scales": out_features % 32 or in_features % 256). It stays as it is, and works.
         """
-        if layout not in ("tiles", "shuffled"):
+        if layout not in ("tiles", *_mxfp4_weight.SHUFFLED):
             raise UnsupportedInput(
-                f"layout: got {layout!r}, allowed 'tiles' and 'shuffled'; unprepare() gives 'linear' back"
+                f"layout: got {layout!r}, allowed 'tiles', 'shuffled' and 'shuffled_scales'; unprepare() gives "
+                "'linear' back"
             )
         if self.layout != layout:
             codes, scales = self.checkpoint_weight()
@@ -144,7 +146,7 @@ class Mxfp4Linear(nn.Module):
             if layout == "tiles":
                 codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
             else:
-                codes, scales = _mxfp4_weight.shuffle(codes, scales)
+                codes, scales = _mxfp4_weight.shuffle(codes, scales, layout)
             self.weight_packed, self.weight_scale, self.layout, self._shift = codes, scales, layout, shift
         return self
 
@@ -158,8 +160,8 @@ class Mxfp4Linear(nn.Module):
         """Codes ``[out_features, in_features / 2]`` and scales ``[out_features, in_features / 32]``."""
         if self.layout == "linear":
             return self.weight_packed, self.weight_scale
-        if self.layout == "shuffled":
-            return _mxfp4_weight.unshuffle(self.weight_packed, self.weight_scale)
+        if self.layout in _mxfp4_weight.SHUFFLED:
+            return _mxfp4_weight.unshuffle(self.weight_packed, self.weight_scale, self.layout)
         return _mxfp4_weight.unprepare(
             self.weight_packed, self.weight_scale, self.out_features, self.in_features, self._shift
         )

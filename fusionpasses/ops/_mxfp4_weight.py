@@ -1,12 +1,13 @@
 """Layouts of an MXFP4 weight ``[N, K]``, and what both GEMMs check of their operands.
 
-==========  ==================================================  ==================================================
-layout      w_codes                                             w_scales
-==========  ==================================================  ==================================================
-"linear"    uint8 ``[N, K/2]``, as checkpoints have it          uint8 ``[N, K/32]``
-"tiles"     uint8 ``[ceil(N/16), ceil(K/128), 1024]``           uint8 ``[ceil(N/16), ceil(K/128), 64]``
-"shuffled"  uint8 ``[N/16, 8 K]``, K % 256 == 0, N % 32 == 0    uint8 ``[N/32, K]``
-==========  ==================================================  ==================================================
+=================  ================================================  =========================================
+layout             w_codes                                           w_scales
+=================  ================================================  =========================================
+"linear"           uint8 ``[N, K/2]``, as checkpoints have it        uint8 ``[N, K/32]``
+"tiles"            uint8 ``[ceil(N/16), ceil(K/128), 1024]``         uint8 ``[ceil(N/16), ceil(K/128), 64]``
+"shuffled"         uint8 ``[N/16, 8 K]``, K % 256 == 0, N % 32 == 0  uint8 ``[N/32, K]``
+"shuffled_scales"  uint8 ``[N, K/2]``, K % 256 == 0, N % 32 == 0     uint8 ``[N/32, K]``
+=================  ================================================  =========================================
 
 "tiles" is what ``prepare`` makes and ``unprepare`` undoes, byte by byte. A tile holds the codes of 16 rows by 128
 elements in the order in which the threads of a warp give them to a tensor core (``kernels/mxfp4_gemm.py``), the bits of
@@ -16,7 +17,8 @@ as no scale is above 2. All of that is exact, or ``prepare`` refuses.
 
 "shuffled" is what AITER's preshuffled products read; ``shuffle`` makes it and ``unshuffle`` undoes it. Bytes change
 places only: codes in pieces of 16 bytes, first those of 16 rows, then the second halves of 32 bytes of each; scales in
-pieces of 32 rows by 8 blocks, in each the 4 scales of two rows by two blocks together.
+pieces of 32 rows by 8 blocks, in each the 4 scales of two rows by two blocks together. "shuffled_scales" is what
+another product of AITER's reads: the same scales, and codes as checkpoints have them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from torch import Tensor
 from fusionpasses.errors import UnsupportedInput
 from fusionpasses.ops import _mxfp4
 
-LAYOUTS = ("linear", "tiles", "shuffled")
+LAYOUTS = ("linear", "tiles", "shuffled", "shuffled_scales")
+#: Those in which scales are shuffled.
+SHUFFLED = ("shuffled", "shuffled_scales")
 TILE_ROWS, TILE_WIDTH = 16, 128
 #: What N and K of a shuffled weight are multiples of: a piece of its scales. Nothing is padded.
 SHUFFLED_ROWS, SHUFFLED_WIDTH = 32, 256
@@ -80,17 +84,18 @@ def check_weight(w_codes: Tensor, w_scales: Tensor, layout: str, rows: int | Non
             )
         allowed: tuple[int, ...] = (w_codes.shape[0], width // _mxfp4.BLOCK)
         n = w_codes.shape[0]
-    elif layout == "shuffled":
+    elif layout in SHUFFLED:
         if rows is None or rows < 1 or shift != 0:
             raise UnsupportedInput(
-                f"rows, shift: got {rows} and {shift} with layout 'shuffled', allowed N >= 1 and 0; pass the rows that "
+                f"rows, shift: got {rows} and {shift} with layout {layout!r}, allowed N >= 1 and 0; pass the rows that "
                 "were shuffled"
             )
-        _check_shuffled(rows, width)
-        if tuple(w_codes.shape) != (rows // 16, width * 8):
+        _check_shuffled(rows, width, layout)
+        codes = (rows // 16, width * 8) if layout == "shuffled" else (rows, width // 2)
+        if tuple(w_codes.shape) != codes:
             raise UnsupportedInput(
-                f"w_codes: got shape {tuple(w_codes.shape)} for {rows} rows of {width}, allowed "
-                f"{(rows // 16, width * 8)} with layout 'shuffled'"
+                f"w_codes: got shape {tuple(w_codes.shape)} for {rows} rows of {width}, allowed {codes} with layout "
+                f"{layout!r}"
             )
         allowed, n = (rows // SHUFFLED_ROWS, width), rows
     else:
@@ -165,45 +170,53 @@ def unprepare(codes: Tensor, scales: Tensor, rows: int, width: int, shift: int) 
     ].contiguous()
 
 
-def shuffle(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight in layout "linear" as codes and scales of layout "shuffled". Waits for nothing.
+def shuffle(codes: Tensor, scales: Tensor, layout: str = "shuffled") -> tuple[Tensor, Tensor]:
+    """A weight in layout "linear" as codes and scales of one of ``SHUFFLED``. Waits for nothing.
+
+    Codes of "shuffled_scales" are those given, not a copy.
 
     Raises:
         UnsupportedInput: N or K is none that the layout has.
     """
     rows, width = codes.shape[0], codes.shape[1] * 2
     check_weight(codes, scales, "linear", None, 0, width)
-    _check_shuffled(rows, width)
-    pieces = codes.view(rows // 16, 16, width // 64, 2, 16).permute(0, 2, 3, 1, 4)
-    return pieces.reshape(rows // 16, width * 8), shuffled_scales(scales)
+    _check_shuffled(rows, width, layout)
+    if layout == "shuffled":
+        pieces = codes.view(rows // 16, 16, width // 64, 2, 16).permute(0, 2, 3, 1, 4)
+        codes = pieces.reshape(rows // 16, width * 8)
+    return codes, shuffled_scales(scales)
 
 
 def shuffled_scales(scales: Tensor) -> Tensor:
-    """Scales ``[rows, K/32]``, 32 rows and 8 scales or multiples of them, as ``[rows/32, K]`` of layout "shuffled"."""
+    """Scales ``[rows, K/32]``, 32 rows and 8 scales or multiples of them, as ``[rows/32, K]`` of a shuffled weight."""
     rows, blocks = scales.shape
     pieces = scales.view(rows // 32, 2, 16, blocks // 8, 2, 4).permute(0, 3, 5, 2, 4, 1)
     return pieces.reshape(rows // SHUFFLED_ROWS, blocks * _mxfp4.BLOCK)
 
 
-def unshuffle(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def unshuffle(codes: Tensor, scales: Tensor, layout: str = "shuffled") -> tuple[Tensor, Tensor]:
     """The weight in layout "linear", of which ``shuffle`` made this."""
     width = scales.shape[1]
-    bytes_, exponents = in_order(codes, scales)
-    return bytes_.reshape(-1, width // 2), exponents.reshape(-1, width // _mxfp4.BLOCK)
+    if layout == "shuffled":
+        codes = codes_in_order(codes, width).reshape(-1, width // 2)
+    return codes, scales_in_order(scales).reshape(-1, width // _mxfp4.BLOCK)
 
 
-def in_order(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a shuffled weight whose elements are in the order of layout "linear"."""
-    width = scales.shape[1]
-    bytes_ = codes.view(-1, width // 64, 2, 16, 16).permute(0, 3, 1, 2, 4)
-    return bytes_, scales.view(-1, width // 256, 4, 16, 2, 2).permute(0, 5, 3, 1, 4, 2)
+def codes_in_order(codes: Tensor, width: int) -> Tensor:
+    """A view of shuffled codes whose elements are in the order of layout "linear"."""
+    return codes.view(-1, width // 64, 2, 16, 16).permute(0, 3, 1, 2, 4)
 
 
-def _check_shuffled(rows: int, width: int) -> None:
+def scales_in_order(scales: Tensor) -> Tensor:
+    """A view of shuffled scales whose elements are in the order of layout "linear"."""
+    return scales.view(-1, scales.shape[1] // 256, 4, 16, 2, 2).permute(0, 5, 3, 1, 4, 2)
+
+
+def _check_shuffled(rows: int, width: int, layout: str) -> None:
     if rows < 1 or rows % SHUFFLED_ROWS != 0 or width % SHUFFLED_WIDTH != 0:
         raise UnsupportedInput(
             f"weight: got {rows} rows of {width}, allowed positive multiples of {SHUFFLED_ROWS} rows of multiples of "
-            f"{SHUFFLED_WIDTH} with layout 'shuffled': it has no padding; it stays 'linear'"
+            f"{SHUFFLED_WIDTH} with layout {layout!r}: it has no padding; it stays 'linear'"
         )
 
 
@@ -243,6 +256,6 @@ def linear(w_codes: Tensor, w_scales: Tensor, layout: str, rows: int | None, shi
     """float32 values ``[N, K]`` of a weight in any layout."""
     if layout == "tiles":
         w_codes, w_scales = unprepare(w_codes, w_scales, int(rows or 0), width, shift)
-    elif layout == "shuffled":
-        w_codes, w_scales = unshuffle(w_codes, w_scales)
+    elif layout in SHUFFLED:
+        w_codes, w_scales = unshuffle(w_codes, w_scales, layout)
     return _mxfp4.dequantize(w_codes, w_scales)

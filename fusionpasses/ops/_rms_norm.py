@@ -41,31 +41,37 @@ def check(
     cast_order: str,
     scale_mode: str,
     norm_dtype: torch.dtype | None,
+    number: str = "",
 ) -> None:
-    _mxfp4.check_input("x", x)
+    """Raises UnsupportedInput for what is no norm of ours; ``number`` is what the names of its arguments end in."""
+    _mxfp4.check_input(f"x{number}", x)
     _mxfp4.check_scale_mode(scale_mode)
     if cast_order not in CAST_ORDERS:
         raise UnsupportedInput(
-            f"cast_order: got {cast_order!r}, allowed 'cast_scale' (round, then multiply by the weight) or "
+            f"cast_order{number}: got {cast_order!r}, allowed 'cast_scale' (round, then multiply by the weight) or "
             "'scale_cast' (multiply, then round)"
         )
     if norm_dtype is not None and norm_dtype not in (x.dtype, torch.float32):
         raise UnsupportedInput(
-            f"norm_dtype: got {norm_dtype}, allowed {x.dtype} (that of x) or torch.float32; leave it None for what the "
-            "cast order gives"
+            f"norm_dtype{number}: got {norm_dtype}, allowed {x.dtype} (that of x{number}) or torch.float32; leave it "
+            "None for what the cast order gives"
         )
     if weight is None:
         return
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise UnsupportedInput(
-            f"weight: got shape {tuple(weight.shape)}, allowed [{x.shape[-1]}], the width of x {tuple(x.shape)}"
+            f"weight{number}: got shape {tuple(weight.shape)}, allowed [{x.shape[-1]}], the width of x{number} "
+            f"{tuple(x.shape)}"
         )
     if weight.dtype not in (x.dtype, torch.float32):
         raise UnsupportedInput(
-            f"weight.dtype: got {weight.dtype} with x {x.dtype}, allowed {x.dtype} or torch.float32; convert one"
+            f"weight{number}.dtype: got {weight.dtype} with x{number} {x.dtype}, allowed {x.dtype} or torch.float32; "
+            "convert one"
         )
     if weight.device != x.device:
-        raise UnsupportedInput(f"weight.device: got {weight.device}, allowed {x.device}, that of x; move one of them")
+        raise UnsupportedInput(
+            f"weight{number}.device: got {weight.device}, allowed {x.device}, that of x{number}; move one of them"
+        )
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, cast_order: str, norm_dtype: torch.dtype | None) -> Tensor:

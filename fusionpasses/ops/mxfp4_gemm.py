@@ -9,7 +9,7 @@ Args:
         uint8 ``[N, K/2]`` and ``[N, K/32]`` if "linear".
     bias: ``[N]`` or None.
     out_dtype: bfloat16, float16 or float32.
-    layout: "linear", "tiles" for what ``prepare`` returned, or "shuffled" for what ``shuffle`` did.
+    layout: "linear", "tiles" for what ``prepare`` returned, "shuffled" or "shuffled_scales" for what ``shuffle`` did.
     rows, shift: None and 0 if "linear"; else N, and the shift that ``prepare`` returned, or 0.
 
 Returns:
@@ -113,7 +113,9 @@ def weights(device: torch.device) -> Iterator[tuple[tuple[Tensor, Tensor], dict[
     w_codes, w_scales, shift = _mxfp4_weight.prepare(codes, scales)
     yield (w_codes, w_scales), {"layout": "tiles", "rows": 40, "shift": shift}, 40, 160
     codes, scales = _mxfp4.quantize(torch.randn(32, 256, device=device), "even")
-    yield _mxfp4_weight.shuffle(codes, scales), {"layout": "shuffled", "rows": 32}, 32, 256
+    for layout in _mxfp4_weight.SHUFFLED:
+        w_codes, w_scales = _mxfp4_weight.shuffle(codes, scales, layout)
+        yield (w_codes, w_scales), {"layout": layout, "rows": 32}, 32, 256
 
 
 OP = declare(

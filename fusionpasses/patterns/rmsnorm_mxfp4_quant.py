@@ -1,11 +1,13 @@
 """[residual add +] RMSNorm + MXFP4 quant: every quant of one norm becomes one fused op.
 
-Four variants, chosen by what is read: the residual add is taken in when the norm's input is one, and the norm is
-returned as well when something other than the quants reads it.
+Variants, chosen by what is read: the residual add is taken in when the norm's input is one, and the norm is returned as
+well when something other than the quants reads it. With neither, a second norm of the same rows is taken in, if there
+is one that is not quantised (``_second_norm.py``).
 
 ==================================  ==============================================
 rmsnorm_mxfp4_quant                 the norm feeds quants only
 rmsnorm_mxfp4_quant.with_norm       something else reads the norm too
+rmsnorm_mxfp4_quant.with_second     other columns of the same rows are normed, too
 rmsnorm_add_mxfp4_quant             the norm's input is a residual add
 rmsnorm_add_mxfp4_quant.with_norm   both
 ==================================  ==============================================
@@ -22,7 +24,7 @@ from torch import fx
 
 from fusionpasses import providers
 from fusionpasses.anchors import Anchor
-from fusionpasses.patterns import _rms_norm
+from fusionpasses.patterns import _rms_norm, _second_norm
 from fusionpasses.patterns._graph import (
     SITE,
     call,
@@ -155,6 +157,7 @@ class RmsNormMxfp4Quant(QuantPass):
         "norm": _rms_norm.GUARDS,
         "site": GUARDS,
         "residual add (else it is left outside, with a note)": RESIDUAL_GUARDS,
+        "second norm (else it is left outside, with a note)": _second_norm.GUARDS,
     }
 
     def begin(self, graph: fx.Graph) -> None:
@@ -189,6 +192,11 @@ class RmsNormMxfp4Quant(QuantPass):
         op = packet.with_norm if c.other_readers else packet.default
         x = tensor_of(norm.x)
         device = x.device.type if x is not None else "cpu"
+        second = None
+        if add is None:
+            second, more = self._second(c, device)
+            notes += more
+            op = op if second is None else packet.with_second
         name = op_name(op)
         provider = providers.select(name, device, self.config.provider)
         site = Site(
@@ -204,24 +212,40 @@ class RmsNormMxfp4Quant(QuantPass):
         return Judgement(
             site,
             norm.root,
-            lambda: self._rewrite(c, add, op, provider, site),
+            lambda: self._rewrite(c, add, second, op, provider, site),
             covers=tuple(q.node for q in c.quants),
         )
 
-    def _rewrite(self, c: Candidate, add: fx.Node | None, op: Any, provider: str, site: Site) -> None:
+    def _second(self, c: Candidate, device: str) -> tuple[RmsNorm | None, list[str]]:
+        if _second_norm.base_of(c.norm.x) is None:
+            return None, []
+        alone = providers.select(op_name(ours.rmsnorm_mxfp4_quant.default), device, self.config.provider)
+        both = providers.usable(alone, op_name(ours.rmsnorm_mxfp4_quant.with_second), device)
+        no_provider = "" if both else f"{alone} would run the op without it, and cannot with it: {both.why}"
+        quants = [q.node for q in c.quants]
+        return _second_norm.find(c.norm, quants, c.other_readers, c.mutators, self.anchors, no_provider)
+
+    def _rewrite(
+        self, c: Candidate, add: fx.Node | None, second: RmsNorm | None, op: Any, provider: str, site: Site
+    ) -> None:
         norm, graph = c.norm, c.norm.root.graph
         matched = [*norm.nodes, *(v for q in c.quants for v in q.views), *(q.node for q in c.quants)]
         if add is not None:
             matched.append(add)
+        if second is not None:
+            matched += second.nodes
         if self.keep_subgraphs:
             site.matched = text_of(matched)
-        inputs = (norm.x,) if add is None else tuple(add.args)
+        inputs = (*((norm.x,) if add is None else add.args), norm.weight, float(norm.eps))
         kwargs = {
             "cast_order": norm.cast_order,
             "norm_dtype": norm.norm_dtype,
             "scale_mode": c.quants[0].scale_mode,
             "provider": provider,
         }
+        if second is not None:
+            inputs += (second.x, second.weight, float(second.eps))
+            kwargs |= {"cast_order2": second.cast_order, "norm_dtype2": second.norm_dtype}
         # The nodes that are replaced hold the fake values of the results, but for codes and scales behind views.
         direct = next((q.node.meta["val"] for q in c.quants if not q.views), None)
         values = {"codes": direct and direct[0], "scales": direct and direct[1]}
@@ -229,11 +253,13 @@ class RmsNormMxfp4Quant(QuantPass):
             values["sum"] = add.meta["val"]
         if c.other_readers:
             values["norm"] = norm.root.meta["val"]
+        if second is not None:
+            values["norm2"] = second.root.meta["val"]
         with graph.inserting_before(norm.root):
             fused = call(
                 graph,
                 op,
-                (*inputs, norm.weight, float(norm.eps)),
+                inputs,
                 kwargs,
                 provenance=norm.root,
                 value=tuple(values.values()) if direct else None,
@@ -250,6 +276,10 @@ class RmsNormMxfp4Quant(QuantPass):
             self._needs_sort = True
         if c.other_readers:
             norm.root.replace_all_uses_with(out["norm"])
+        if second is not None:
+            # Its input may stand behind the fused op, and its readers before it.
+            second.root.replace_all_uses_with(out["norm2"])
+            self._needs_sort = True
         self._inside.append((site, "the norm", [n for n in norm.nodes if n is not norm.root]))
         if self.keep_subgraphs:
             site.replacement = text_of(new)

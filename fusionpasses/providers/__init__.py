@@ -3,9 +3,10 @@
 The choice depends on the device type and the probes only, so it can be made at compile time; compiled graphs carry
 it as the ``provider`` argument of the op. Eager calls (``provider="auto"``) use the same function.
 
-"aiter" and "aiter_finite" name a rule rather than a kernel: AITER runs the calls that it is proved to run exactly, and
-Triton the others. It asks for sizes and strides: where they are numbers when compiling, ``who_runs.settle`` asks then,
-and writes the answer into the graph; where they are symbols, the rule stays there, and each call is asked.
+"aiter", "aiter_finite" and "aiter_fast" name a rule rather than a kernel: AITER runs the calls that it is proved to run
+exactly, or as nearly as was asked for, and Triton the others. It asks for sizes and strides: where they are numbers
+when compiling, ``who_runs.settle`` asks then, and writes the answer into the graph; where they are symbols, the rule
+stays there, and each call is asked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusionpasses import _aiter_numerics
+from fusionpasses._aiter_numerics import FUNCTIONS, LEVELS, Level
 from fusionpasses.config import PROVIDER_CHOICES
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.probes import Verdict, probe_aiter, probe_aiter_kernel, probe_hip_architecture, probe_triton
@@ -27,15 +29,9 @@ log = logging.getLogger(__name__)
 #: Every provider that may be chosen, most preferred first.
 PREFERENCE = ("aiter", "triton", "reference")
 
-#: Only where it is asked for by name, because the user promises something: ``_aiter_numerics.PROMISE``.
-BY_NAME = ("aiter_finite",)
-
-#: Module, and its table of adapters.
-_ADAPTERS = {
-    "triton": ("triton", "ADAPTERS"),
-    "aiter": ("aiter", "ADAPTERS"),
-    "aiter_finite": ("aiter", "FINITE_ADAPTERS"),
-}
+#: Only where one is asked for by name, because the user promises something (``_aiter_numerics.PROMISE``), or does
+#: without roundings.
+BY_NAME = ("aiter_finite", "aiter_fast")
 
 #: Ops (``packet.overload``) that a provider other than the reference implements, known without importing it.
 _IMPLEMENTS: dict[str, frozenset[str]] = {
@@ -44,6 +40,7 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
             "dynamic_mxfp4_quant.default",
             "rmsnorm_mxfp4_quant.default",
             "rmsnorm_mxfp4_quant.with_norm",
+            "rmsnorm_mxfp4_quant.with_second",
             "rmsnorm_add_mxfp4_quant.default",
             "rmsnorm_add_mxfp4_quant.with_norm",
             "silu_mul_mxfp4_quant.default",
@@ -67,7 +64,7 @@ def verdict(provider: str, op: str, device_type: str) -> Verdict:
     if provider == "reference":
         return Verdict(True, "plain torch, any device")
     if is_rule(provider):
-        return _aiter(op, device_type, finite=provider == "aiter_finite")
+        return _aiter(op, device_type, LEVELS[provider])
     if op not in _IMPLEMENTS[provider]:
         return Verdict(False, f"{provider} has no kernel for {op}")
     if device_type != "cuda":
@@ -75,15 +72,15 @@ def verdict(provider: str, op: str, device_type: str) -> Verdict:
     return probe_triton()
 
 
-def _aiter(op: str, device_type: str, *, finite: bool) -> Verdict:
-    exact = _aiter_numerics.serves(op, finite=finite)
-    if not exact:
-        return exact
+def _aiter(op: str, device_type: str, level: Level) -> Verdict:
+    served = _aiter_numerics.serves(op, level=level)
+    if not served:
+        return served
     if device_type != "cuda":
         return Verdict(False, f"aiter serves GPU tensors (device type 'cuda'), not {device_type!r}")
-    there = probe_aiter_kernel(_aiter_numerics.CAPABILITY[op])
+    there = probe_aiter_kernel(FUNCTIONS[op][0])
     # The calls that AITER must not run are Triton's, and its own kernels are written in Triton.
-    return there and probe_triton() and Verdict(True, f"{there.why}; {exact.why}")
+    return there and probe_triton() and Verdict(True, f"{there.why}; {served.why}")
 
 
 @functools.cache
@@ -91,12 +88,12 @@ def _imports(provider: str, op: str) -> Verdict:
     """Does what a provider needs for an op import? Asked once it is to be used."""
     if is_rule(provider):
         try:
-            _, release = _aiter_import.load(_aiter_numerics.CAPABILITY[op])
+            _, release = _aiter_import.load(FUNCTIONS[op][0])
         except ProviderUnavailable as error:
             # Found, and chosen before others for that: who runs the op instead must not be a surprise.
             log.warning("%s cannot run %s: %s", provider, op, error)
             return Verdict(False, str(error))
-        return _aiter_numerics.serves(op, release, finite=provider == "aiter_finite")
+        return _aiter_numerics.serves(op, release, level=LEVELS[provider])
     return Verdict(True, "imported with the package")
 
 
@@ -136,8 +133,8 @@ def _all_of_it(provider: str, op: str, why: str) -> str:
     reasons = [why]
     if is_rule(provider):
         here = [probe_hip_architecture(), probe_aiter()]
-        if op in _aiter_numerics.CAPABILITY:
-            here.append(probe_aiter_kernel(_aiter_numerics.CAPABILITY[op]))
+        if op in FUNCTIONS:
+            here.append(probe_aiter_kernel(FUNCTIONS[op][0]))
         reasons += [each.why for each in here if not each]
     kept = [each for i, each in enumerate(reasons) if not any(each in earlier for earlier in reasons[:i])]
     return "; ".join(kept)
@@ -146,38 +143,49 @@ def _all_of_it(provider: str, op: str, why: str) -> str:
 @functools.cache
 def implementation(provider: str, op: str) -> Callable[..., object]:
     """The adapter function of a provider for an op; imports the provider's module."""
-    name, table = _ADAPTERS[provider]
-    module = importlib.import_module(f"fusionpasses.providers.{name}")
-    adapters: dict[str, Callable[..., object]] = getattr(module, table)
+    if is_rule(provider):
+        from fusionpasses.providers import aiter
+
+        return aiter.ADAPTERS[provider][op]
+    adapters: dict[str, Callable[..., object]]
+    adapters = importlib.import_module(f"fusionpasses.providers.{provider}").ADAPTERS
     return adapters[op]
 
 
 def is_rule(provider: str) -> bool:
     """Does the name mean that each call is asked for, rather than a kernel?"""
-    return provider in ("aiter", *BY_NAME)
+    return provider in LEVELS
 
 
-def rule(op: str) -> str:
-    """What decides who runs a call that the graph gives to AITER, in words."""
+def rule(op: str, provider: str) -> str:
+    """What decides who runs a call that the graph gives to AITER under this name, in words."""
     from fusionpasses.providers import _aiter_rules
 
-    return _aiter_rules.rule_in_words(op)
+    return _aiter_rules.rule_in_words(op, LEVELS[provider])
 
 
-def ruled_out(op: str, device_type: str) -> str:
-    """Why AITER, which is here and has something for an op, is not given it by default; "" where it is."""
-    function = _aiter_numerics.CAPABILITY.get(op)
-    if function is None or device_type != "cuda" or not probe_aiter_kernel(function):
+def ruled_out(op: str, device_type: str, arguments: dict[str, Any] | None) -> str:
+    """Why AITER, which is here and has something for an op, is not given a call by default; "" where it is.
+
+    ``arguments`` without symbols, or None where they are not known: then of the op as a whole. Imports no AITER.
+    """
+    if op not in FUNCTIONS or device_type != "cuda" or not probe_aiter_kernel(FUNCTIONS[op][0]):
         return ""
-    exact = _aiter_numerics.serves(op)
-    return "" if exact else exact.why
+    served = _aiter_numerics.serves(op)
+    if served or arguments is None:
+        return "" if served else served.why
+    from fusionpasses.providers import _aiter_rules, aiter
+
+    return _aiter_rules.choose(
+        op, arguments, aiter.target(arguments), level=Level.EXACT, look=lambda function: (None, "")
+    ).verdict.why
 
 
 def foreseen(provider: str, op: str, arguments: dict[str, Any]) -> Verdict:
     """What that rule comes to for arguments without symbols: yes, or why the call will be Triton's."""
     from fusionpasses.providers import aiter
 
-    return aiter.judge(op, arguments, finite=provider == "aiter_finite")
+    return aiter.judge(op, arguments, LEVELS[provider])
 
 
 def summary(device_type: str) -> dict[str, dict[str, str]]:

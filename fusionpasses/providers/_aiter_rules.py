@@ -1,432 +1,230 @@
-"""The calls of our ops for which AITER gives, byte for byte, what they mean: ``accepts``.
+"""The calls of our ops that go to AITER: ``choose``.
 
-``RULES`` has, for each op, functions of a call's metadata that return None, or the reason why the call must not go to
-AITER. Some are about roundings, some about what AITER's kernels do not check and then read or write elsewhere. They
-look at no data, so what depends on data (Inf and NaN) is in ``_aiter_numerics.py``, and what the adapters put right
-(slots and positions out of range) in ``aiter.py``.
+``RULES`` has, for each op and each function of AITER's that runs it, conditions: functions of a call's metadata that
+return None, or the reason why the call must not go there. Most are about what AITER's kernels do not check and then
+read or write elsewhere, or about what they do otherwise; those hold whatever was asked for. Some are about roundings
+that AITER leaves out, and a user may do without those (``Level.FAST``). They look at no data, so what depends on data
+(Inf and NaN) is in ``_aiter_numerics.py``, and what adapters put right (slots and positions out of range) in theirs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from fusionpasses._aiter_numerics import function_for, serves
+from fusionpasses import _aiter_numerics
+from fusionpasses._aiter_numerics import FUNCTIONS, Level
+from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.probes import Verdict
-
-#: AITER's kernels compute these offsets in 32 bits.
-_INT32 = 2**31
-
-#: Of a tensor in a Triton kernel; the norm's kernel holds a whole row in one.
-_LARGEST_TENSOR = 2**20
-
-#: Parts into which AITER's tuned configurations cut K, at most; kept with a margin.
-_MOST_PARTS = 32
+from fusionpasses.providers import _aiter_conditions as of
+from fusionpasses.providers import _aiter_rope_conditions as rope
+from fusionpasses.providers._aiter_conditions import Call, Condition, Target
 
 
-#: From so many tokens on, AITER's product of a shuffled weight takes their scales shuffled, too.
-MANY_TOKENS = 32
-#: And rows of them as a multiple of this.
-SCALE_ROWS = 256
-
-
-class Target(NamedTuple):
-    """What AITER's kernels are compiled for, and by what.
+class Route(NamedTuple):
+    """What must hold of a call of an op to be run by one function of AITER's.
 
     Attributes:
-        architecture: "gfx950", ..
-        keeps_zeros: does this Triton compile ``-x`` as a negation? Up to 3.6 it is ``0 - x``, which makes +0 of +0.
+        conditions: in the order in which they are asked; whatever the level.
+        roundings: where our contract rounds and AITER keeps float32. Not asked of calls at ``Level.FAST``.
+        meant: tells the calls that the function is for from those of the op's other functions.
     """
 
-    architecture: str
-    keeps_zeros: bool
+    conditions: tuple[Condition, ...]
+    roundings: tuple[Condition, ...] = ()
+    meant: tuple[Condition, ...] = ()
 
 
-class Call(NamedTuple):
-    """A call of an op of ours, as its metadata: only shapes, strides, dtypes and storages of tensors are looked at."""
+_NORM = (of.even_scales, of.row_fits_in("x"), of.a_weight_in("weight"), of.own_kernel_only_on_gfx1250)
+_NORM_ALONE = (*_NORM, *of.rows_of("x"), of.together_in("x", "weight"), of.offsets_of("x"))
+_NORM_OF_SUM = (
+    *_NORM,
+    *of.rows_of("x", "residual"),
+    of.together_in("x", "residual", "weight"),
+    of.offsets_of("x", "residual"),
+)
+_SECOND_NORM = (
+    *_NORM_ALONE,
+    of.row_fits_in("x2"),
+    of.a_weight_in("weight2"),
+    of.rows_of("x2")[1],
+    of.together_in("x2", "weight2"),
+    of.offsets_of("x2"),
+    of.norm_in_dtype_of_x("2"),
+)
+_NORM_ROUNDED = (of.norm_rounded_nowhere,)
+_SUM_ROUNDED = (of.sum_rounded_nowhere,)
+_CACHE = (
+    rope.bfloat16_rows,
+    rope.bfloat16_cache,
+    rope.one_cache,
+    rope.slots_evenly_apart,
+    rope.powers_of_two,
+    of.own_kernel_only_on_gfx1250,
+    of.rows_of("kv_c")[0],
+)
+_ROTATION = (rope.negative_slots_skipped, rope.style_of_aiter, rope.q_nope_as_wide_as_kv_c, of.rows_of("q_nope")[0])
+_PRODUCT = (
+    of.fp4_arithmetic,
+    of.no_bias,
+    of.sixteen_bits_out,
+    of.width_in_256,
+    of.rows_of("x_codes")[0],
+    of.some_weight,
+    of.contiguous_codes,
+    of.partial_sums_in_32_bits,
+)
 
-    arguments: Mapping[str, Any]
-    target: Target
+#: By op (``packet.overload``) and function of AITER.
+RULES: dict[str, dict[str, Route]] = {
+    "dynamic_mxfp4_quant.default": {"dynamic_mxfp4_quant": Route((of.even_scales, *of.rows_of("x")))},
+    "rmsnorm_mxfp4_quant.default": {"fused_rms_mxfp4_quant": Route(_NORM_ALONE, _NORM_ROUNDED)},
+    "rmsnorm_mxfp4_quant.with_norm": {
+        "fused_rms_mxfp4_quant": Route((*_NORM_ALONE, of.norm_in_dtype_of_x()), _NORM_ROUNDED)
+    },
+    "rmsnorm_mxfp4_quant.with_second": {
+        "fused_rms_mxfp4_quant": Route(_SECOND_NORM, (*_NORM_ROUNDED, of.second_norm_rounded_once))
+    },
+    "rmsnorm_add_mxfp4_quant.default": {"fused_rms_mxfp4_quant": Route(_NORM_OF_SUM, _SUM_ROUNDED)},
+    "rmsnorm_add_mxfp4_quant.with_norm": {
+        "fused_rms_mxfp4_quant": Route((*_NORM_OF_SUM, of.norm_in_dtype_of_x()), _SUM_ROUNDED)
+    },
+    "silu_mul_mxfp4_quant.default": {
+        "act_mul_and_mxfp4_quant": Route(
+            (of.even_scales, of.activation_of_aiter, *of.rows_of("gate"), of.halves_of_one_tensor),
+            (of.silu, of.product_rounded_nowhere),
+        )
+    },
+    "fused_rope_mla_kv_cache.absorbed": {
+        "fused_qk_rope_cat_and_cache_mla": Route(
+            (
+                *_CACHE,
+                *_ROTATION,
+                rope.zeros_keep_their_sign,
+                rope.cos_and_sin_alike,
+                of.offsets_of("q_nope", "q_pe", "k_pe", "kv_c", "cos"),
+            ),
+            (rope.angles_rounded_alike,),
+        ),
+        "fused_qk_rope_concat_and_cache_mla": Route(
+            (
+                rope.hip_architecture,
+                rope.cache_of_model_dtype,
+                rope.one_cache,
+                *_ROTATION,
+                of.rows_of("kv_c")[0],
+                rope.angles_of_model_dtype,
+                rope.angles_in_a_row,
+                rope.hip_widths,
+                rope.hip_kernel_for_decoding,
+                rope.hip_rounds_bfloat16,
+                rope.hip_rows_together,
+                rope.hip_rows_aligned,
+                rope.hip_offsets_in_32_bits,
+            )
+        ),
+    },
+    "concat_and_cache_mla.default": {
+        "fused_qk_rope_cat_and_cache_mla": Route((*_CACHE, of.offsets_of("kv_c", "k_pe")))
+    },
+    "mxfp4_gemm.default": {
+        "gemm_afp4wfp4": Route(_PRODUCT, meant=(of.in_layout("linear"),)),
+        "gemm_afp4wfp4_preshuffle": Route(_PRODUCT, meant=(of.in_layout("shuffled"),)),
+        "gemm_afp4wfp4_preshuffled_scales": Route(
+            (*_PRODUCT, of.enough_tokens), meant=(of.in_layout("shuffled_scales"),)
+        ),
+    },
+}
 
-    def of(self, name: str) -> Any:
-        return self.arguments[name]
+
+class Ruling(NamedTuple):
+    """What one function of AITER's makes of a call.
+
+    Attributes:
+        level: the least that admits the call; None if none does.
+        why: what keeps it from levels below that, or from all.
+        meant: is the function the one for such calls?
+    """
+
+    level: Level | None
+    why: str
+    meant: bool
 
 
-#: The reason why AITER would not give what a call means, or None.
-Rule = Callable[[Call], "str | None"]
+def ruling(op: str, function: str, arguments: Mapping[str, Any], target: Target, release: str | None = None) -> Ruling:
+    """``release`` is "new", "old" or None, for any that has the function."""
+    call, route = Call(arguments, target), RULES[op][function]
+    least = _aiter_numerics.least(function, release)
+    if least is None:
+        return Ruling(None, _aiter_numerics.differences(function, release), True)
+    for conditions, level, meant in ((route.meant, None, False), (route.conditions, None, True)):
+        why = next(filter(None, (condition(call) for condition in conditions)), None)
+        if why is not None:
+            return Ruling(level, why, meant)
+    why = next(filter(None, (condition(call) for condition in route.roundings)), None)
+    if why is not None:
+        return Ruling(Level.FAST, why, True)
+    return Ruling(least, _aiter_numerics.differences(function, release), True)
 
 
-def accepts(op: str, arguments: Mapping[str, Any], release: str, target: Target, *, finite: bool = False) -> Verdict:
-    """Does AITER give, byte for byte, what this call of ``op`` means?
+#: ``look(function)``: the release of a function that is here, and what else keeps a call from it ("" for nothing).
+#: Raises ProviderUnavailable if it is not here.
+Look = Callable[[str], "tuple[str | None, str]"]
+
+
+class Choice(NamedTuple):
+    """Which function of AITER's runs a call, "" for none; the verdict says why."""
+
+    function: str
+    verdict: Verdict
+
+
+def choose(op: str, arguments: Mapping[str, Any], target: Target, *, level: Level, look: Look) -> Choice:
+    """The function of AITER that runs this call of ``op`` at a level: the first of ``FUNCTIONS[op]`` that may.
 
     Args:
         op: ``packet.overload``.
         arguments: all of the op's but ``provider``, by name, already checked; fake tensors will do.
-        release: "new" or "old", as the import tells.
         target: what AITER's kernels are compiled for, and by what.
-        finite: the user has promised what ``_aiter_numerics.PROMISE`` says.
+        level: what was asked for.
+        look: asked of a function that may run the call, as far as its metadata tell.
+
+    Raises:
+        ProviderUnavailable: the first function, without which AITER is not had for the op, is not here.
     """
-    answer = serves(op, release, finite=finite, function=function_for(op, arguments))
-    if not answer:
-        return answer
-    call = Call(arguments, target)
-    for rule in RULES[op]:
-        reason = rule(call)
-        if reason is not None:
-            return Verdict(False, reason)
-    return answer
-
-
-def rule_in_words(op: str) -> str:
-    """The recorded run-time rule of an op that a graph gives to AITER."""
-    names = ", ".join(rule.__name__.strip("_").replace("_", " ") for rule in RULES[op])
-    return f"each call of {op} is run by AITER if its metadata agree ({names}), else by Triton"
-
-
-def row_stride(x: Tensor) -> int | None:
-    """The one distance between consecutive rows of ``x [..., N]``, or None where they are not evenly apart."""
-    leading = [
-        (size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1
-    ]  # an axis of size 1 is never stepped along
-    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
-        return None
-    return leading[-1][1] if leading else x.shape[-1] * x.stride(-1)
-
-
-def slot_stride(cache: Tensor) -> int | None:
-    """The distance between consecutive slots of a cache, or None where blocks are apart."""
-    if cache.dim() == 2:
-        return cache.stride(0)
-    if cache.shape[0] != 1 and cache.shape[1] != 1 and cache.stride(0) != cache.shape[1] * cache.stride(1):
-        return None
-    return cache.stride(1) if cache.shape[1] != 1 else cache.stride(0)
-
-
-# Rules of several ops.
-
-
-def _even_scales(call: Call) -> str | None:
-    mode = call.of("scale_mode")
-    return None if mode == "even" else f"scale_mode: got {mode!r}; AITER's Triton kernels know 'even' alone"
-
-
-def _rows(*names: str) -> tuple[Rule, ...]:
-    def some_rows(call: Call) -> str | None:
-        if call.of(names[0]).numel() > 0:
-            return None
-        return f"{names[0]}: got no rows {tuple(call.of(names[0]).shape)}; AITER divides by their number"
-
-    def rows_evenly_apart(call: Call) -> str | None:
-        for name in names:
-            if row_stride(call.of(name)) is None:
-                return f"{name}: got strides {call.of(name).stride()}; AITER takes rows that are evenly apart"
-        return None
-
-    return some_rows, rows_evenly_apart
-
-
-def _own_kernel_only_on_gfx1250(call: Call) -> str | None:
-    if call.target.architecture != "gfx1250":
-        return None
-    return "gfx1250: AITER has a kernel of its own (Gluon) for it, whose roundings were not verified"
-
-
-def _reach(*tensors: Tensor) -> int:
-    """The largest offset of an element, of all tensors."""
-    return max(
-        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        for x in tensors
-    )
-
-
-def _offsets(*names: str) -> Rule:
-    def offsets_in_32_bits(call: Call) -> str | None:
-        given = [call.of(name) for name in names if call.of(name) is not None]
-        # Outputs are contiguous and no larger than the largest input read as one.
-        reach = max(_reach(*given), max(x.numel() for x in given))
-        return None if reach < _INT32 else f"offsets: got up to {reach}; AITER computes them in 32 bits"
-
-    return offsets_in_32_bits
-
-
-# RMSNorm.
-
-
-def _together(*names: str) -> Rule:
-    def elements_of_a_row_together(call: Call) -> str | None:
-        for name in names:
-            if call.of(name) is not None and call.of(name).stride(-1) != 1:
-                return f"{name}: got strides {call.of(name).stride()}; AITER takes a last stride of 1, unchecked"
-        return None
-
-    return elements_of_a_row_together
-
-
-def _row_fits(call: Call) -> str | None:
-    n = call.of("x").shape[-1]
-    return None if n <= _LARGEST_TENSOR else f"x: got rows of {n}; AITER holds one in a tensor of {_LARGEST_TENSOR}"
-
-
-def _a_weight(call: Call) -> str | None:
-    return None if call.of("weight") is not None else "weight: got None; AITER reads one"
-
-
-def _norm_rounded_nowhere(call: Call) -> str | None:
-    x, cast_order, norm_dtype = call.of("x"), call.of("cast_order"), call.of("norm_dtype")
-    if x.dtype == torch.float32:
-        return None
-    if cast_order == "cast_scale":
-        return f"cast_order: got 'cast_scale', which rounds to {x.dtype} before the weight; AITER does not"
-    if norm_dtype != torch.float32:
-        return f"norm_dtype: got {norm_dtype or x.dtype}; AITER quantises the float32 norm, unrounded"
-    return None
-
-
-def _norm_in_its_dtype(call: Call) -> str | None:
-    x, norm_dtype = call.of("x"), call.of("norm_dtype")
-    if norm_dtype in (None, x.dtype):
-        return None
-    return f"norm_dtype: got {norm_dtype}; AITER returns the norm in the dtype of x ({x.dtype})"
-
-
-def _sum_rounded_nowhere(call: Call) -> str | None:
-    dtype = call.of("x").dtype
-    if dtype == torch.float32:
-        return None
-    return f"x.dtype: got {dtype}; AITER norms the sum before it is rounded, ours is the norm of the rounded sum"
-
-
-# Gated activation.
-
-
-def _silu(call: Call) -> str | None:
-    activation = call.of("activation")
-    if activation == "silu":
-        return None
-    return f"activation: got {activation!r}; AITER computes it by other steps, silu alone by ours"
-
-
-def _product_rounded_nowhere(call: Call) -> str | None:
-    gate, cast_order, act_dtype = call.of("gate"), call.of("cast_order"), call.of("act_dtype")
-    if gate.dtype == torch.float32:
-        return None
-    if cast_order != "mul_cast":
-        return f"cast_order: got {cast_order!r}, which rounds the activation to {gate.dtype}; AITER does not"
-    if act_dtype != torch.float32:
-        return f"act_dtype: got {act_dtype or gate.dtype}; AITER quantises the float32 product, unrounded"
-    return None
-
-
-def _halves_of_one_tensor(call: Call) -> str | None:
-    gate, up = call.of("gate"), call.of("up")
-    one = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
-    start = gate.storage_offset() + gate.shape[-1] * gate.stride(-1)
-    if one and up.stride() == gate.stride() and up.storage_offset() == start:
-        return None
-    return "gate, up: got two tensors, or parts in another order; AITER takes [gate | up] as one"
-
-
-# RoPE and the latent cache.
-
-
-def _bfloat16_rows(call: Call) -> str | None:
-    dtype = call.of("kv_c").dtype
-    if dtype == torch.bfloat16:
-        return None
-    return f"kv_c.dtype: got {dtype}; where AITER rounds as ours do is known of bfloat16 alone"
-
-
-def _bfloat16_cache(call: Call) -> str | None:
-    dtype = call.of("kv_cache").dtype
-    if dtype == torch.bfloat16:
-        return None
-    if dtype == torch.uint8:
-        return "kv_cache.dtype: got torch.uint8, float8 by our contract; AITER takes that for NVFP4"
-    return f"kv_cache.dtype: got {dtype}; AITER does not saturate (float8) or does not take it"
-
-
-def _one_cache(call: Call) -> str | None:
-    return None if call.of("pe_cache") is None else "pe_cache: got one; AITER writes kv_c and k_pe to one cache"
-
-
-def _slots_evenly_apart(call: Call) -> str | None:
-    cache = call.of("kv_cache")
-    if slot_stride(cache) is not None:
-        return None
-    return f"kv_cache: got strides {cache.stride()}; AITER takes slots that are evenly apart"
-
-
-def _powers_of_two(call: Call) -> str | None:
-    latent, rope = call.of("kv_c").shape[-1], call.of("k_pe").shape[-1]
-    if latent & (latent - 1) == 0 and rope & (rope - 1) == 0:
-        return None
-    return f"kv_c, k_pe: got widths {latent} and {rope}; AITER's kernel needs powers of two, unchecked"
-
-
-def _negative_slots_skipped(call: Call) -> str | None:
-    meaning = call.of("negative_slots")
-    return None if meaning == "skip" else f"negative_slots: got {meaning!r}; AITER writes nothing for one ('skip')"
-
-
-def _style_of_aiter(call: Call) -> str | None:
-    style = call.of("style")
-    if style != "interleaved_to_neox":
-        return None
-    return f"style: got {style!r}; AITER writes pairs where it reads them"
-
-
-def _zeros_keep_their_sign(call: Call) -> str | None:
-    if call.target.keeps_zeros:
-        return None
-    return "Triton: got one that compiles -x as 0 - x; AITER turns a pair of zeros by it and may lose the sign of one"
-
-
-def _angles_rounded_alike(call: Call) -> str | None:
-    q, cos = call.of("q_pe"), call.of("cos")
-    if cos.dtype == q.dtype:
-        return None
-    return (
-        f"cos.dtype: got {cos.dtype} with q_pe {q.dtype}; AITER does not round k before it is written, and may use FMAs"
-    )
-
-
-def _cos_and_sin_alike(call: Call) -> str | None:
-    cos, sin = call.of("cos"), call.of("sin")
-    if cos.stride() == sin.stride():
-        return None
-    return f"sin: got strides {sin.stride()}; AITER reads it with those of cos {cos.stride()}, unchecked"
-
-
-def _q_nope_as_wide_as_kv_c(call: Call) -> str | None:
-    n, latent = call.of("q_nope").shape[-1], call.of("kv_c").shape[-1]
-    return None if n == latent else f"q_nope: got width {n} with kv_c of {latent}; AITER takes equal ones"
-
-
-# Products.
-
-
-def _fp4_arithmetic(call: Call) -> str | None:
-    if call.target.architecture == "gfx950":
-        return None
-    return f"{call.target.architecture}: AITER's FP4 product was read for gfx950 alone"
-
-
-def _no_bias(call: Call) -> str | None:
-    return None if call.of("bias") is None else "bias: got one; AITER's product has none, and ours is rounded once"
-
-
-def _layout_of_aiter(call: Call) -> str | None:
-    layout = call.of("layout")
-    return None if layout in ("linear", "shuffled") else f"layout: got {layout!r}; AITER reads 'linear' and 'shuffled'"
-
-
-def _sixteen_bits_out(call: Call) -> str | None:
-    dtype = call.of("out_dtype")
-    return None if dtype != torch.float32 else f"out_dtype: got {dtype}; AITER promises bfloat16 and float16"
-
-
-def _width_in_256(call: Call) -> str | None:
-    width = call.of("x_codes").shape[-1] * 2
-    if width % 256 == 0:
-        return None
-    return f"K: got {width}; AITER's products of K % 256 != 0 are known to go wrong (aiter#4176)"
-
-
-def _contiguous_codes(call: Call) -> str | None:
-    for name in ("x_codes", "x_scales"):
-        if not call.of(name).is_contiguous():
-            return f"{name}: got strides {call.of(name).stride()}; AITER assumes positive ones, unchecked"
-    return None
-
-
-def _partial_sums_in_32_bits(call: Call) -> str | None:
-    x, w = call.of("x_codes"), call.of("w_codes")
-    rows, n = x.shape[:-1].numel(), call.of("rows") or w.shape[0]
-    reach = max(x.numel(), w.numel(), rows * n * _MOST_PARTS if rows <= 256 else 0)
-    return None if reach < _INT32 else f"offsets: got up to {reach}; AITER computes them in 32 bits"
-
-
-def _some_weight(call: Call) -> str | None:
-    return None if call.of("w_codes").numel() > 0 else "w_codes: got no rows; AITER divides by their number"
-
-
-def tile_of_shuffled(tile: Mapping[str, Any], rows: int, n: int, width: int) -> str | None:
-    """The reason why AITER's product of ``rows`` tokens and a shuffled weight must not have this tile, or None."""
-    m, columns, depth = tile["BLOCK_SIZE_M"], tile["BLOCK_SIZE_N"], tile["BLOCK_SIZE_K"]
-    if n % columns != 0:
-        return f"N: got {n} with AITER's tile of {columns}; it reads beyond the weight, unchecked"
-    if width % depth != 0:
-        return f"K: got {width} with AITER's tile of {depth}; its kernel has no code for a rest"
-    # Scales of few tokens are as they are, of others in pieces of 32 rows, padded to SCALE_ROWS.
-    if m > 16 if rows < MANY_TOKENS else m < 32 or SCALE_ROWS % m != 0:
-        return f"tokens: got {rows} with AITER's tile of {m}; it would read their scales in the other layout"
-    return None
-
-
-_NORM: tuple[Rule, ...] = (_even_scales, _row_fits, _a_weight, _own_kernel_only_on_gfx1250)
-_NORM_ALONE: tuple[Rule, ...] = (
-    *_NORM,
-    _norm_rounded_nowhere,
-    *_rows("x"),
-    _together("x", "weight"),
-    _offsets("x"),
-)
-_NORM_OF_SUM: tuple[Rule, ...] = (
-    *_NORM,
-    _sum_rounded_nowhere,
-    *_rows("x", "residual"),
-    _together("x", "residual", "weight"),
-    _offsets("x", "residual"),
-)
-_CACHE: tuple[Rule, ...] = (
-    _bfloat16_rows,
-    _bfloat16_cache,
-    _one_cache,
-    _slots_evenly_apart,
-    _powers_of_two,
-    _own_kernel_only_on_gfx1250,
-    _rows("kv_c")[0],
-)
-
-#: What must hold of a call of an op (``packet.overload``), in the order in which it is asked.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "dynamic_mxfp4_quant.default": (_even_scales, *_rows("x")),
-    "rmsnorm_mxfp4_quant.default": _NORM_ALONE,
-    "rmsnorm_mxfp4_quant.with_norm": (*_NORM_ALONE, _norm_in_its_dtype),
-    "rmsnorm_add_mxfp4_quant.default": _NORM_OF_SUM,
-    "rmsnorm_add_mxfp4_quant.with_norm": (*_NORM_OF_SUM, _norm_in_its_dtype),
-    "silu_mul_mxfp4_quant.default": (
-        _even_scales,
-        _silu,
-        _product_rounded_nowhere,
-        *_rows("gate"),
-        _halves_of_one_tensor,
-    ),
-    "fused_rope_mla_kv_cache.absorbed": (
-        *_CACHE,
-        _negative_slots_skipped,
-        _style_of_aiter,
-        _angles_rounded_alike,
-        _zeros_keep_their_sign,
-        _cos_and_sin_alike,
-        _q_nope_as_wide_as_kv_c,
-        _rows("q_nope")[0],
-        _offsets("q_nope", "q_pe", "k_pe", "kv_c", "cos"),
-    ),
-    "concat_and_cache_mla.default": (*_CACHE, _offsets("kv_c", "k_pe")),
-    "mxfp4_gemm.default": (
-        _fp4_arithmetic,
-        _no_bias,
-        _layout_of_aiter,
-        _sixteen_bits_out,
-        _width_in_256,
-        _rows("x_codes")[0],
-        _some_weight,
-        _contiguous_codes,
-        _partial_sums_in_32_bits,
-    ),
-}
+    # By how near a function came: those that were refused, that differ by more than was asked for, that are for others.
+    refusals: tuple[dict[str, str], ...] = ({}, {}, {})
+    helps: list[Level] = []
+    for function in FUNCTIONS[op]:
+        each, refused, first = ruling(op, function, arguments, target), "", function == FUNCTIONS[op][0]
+        # The first was loaded when AITER was chosen; others only for a call that they may run.
+        if each.level is not None and (each.level <= level or first):
+            try:
+                release, refused = look(function)
+            except ProviderUnavailable as error:
+                if first:
+                    raise
+                release, refused = None, str(error)
+            each = ruling(op, function, arguments, target, release)
+        if each.level is not None and not refused:
+            if each.level <= level:
+                return Choice(function, Verdict(True, _aiter_numerics.admitted(function, each.level)))
+            helps.append(each.level)
+        least = _aiter_numerics.least(function)
+        beyond = least is not None and least > level
+        refusals[2 if not each.meant else 1 if beyond else 0].setdefault(refused or each.why, function)
+    nearest = next(filter(None, refusals))
+    why = [reason if i == 0 else f"nor by {name}: {reason}" for i, (reason, name) in enumerate(nearest.items())]
+    return Choice("", Verdict(False, "; ".join((*why, _aiter_numerics.switch(min(helps, default=None))))))
+
+
+def rule_in_words(op: str, level: Level) -> str:
+    """The recorded run-time rule of an op that a graph gives to AITER: the conditions of each function in question."""
+    alternatives = []
+    for function, route in RULES[op].items():
+        least = _aiter_numerics.least(function)
+        if least is not None and least <= level:
+            asked = (*route.meant, *route.conditions, *(() if level is Level.FAST else route.roundings))
+            names = dict.fromkeys(condition.__name__.replace("_", " ") for condition in asked)
+            alternatives.append(f"({', '.join(names)})")
+    return f"each call of {op} is run by AITER if its metadata agree {' or '.join(alternatives)}, else by Triton"

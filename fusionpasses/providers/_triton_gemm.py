@@ -4,7 +4,8 @@ Few tokens: a kernel of ours, from codes to sums. Many: the weight as bfloat16 i
 torch's product (cuBLAS, hipBLASLt). Which one is a function of the number of tokens and the architecture, so of nothing
 that is in device memory; the numbers multiplied are the same in both, exactly those that codes and scales mean.
 
-No kernel here reads layout "shuffled": its bytes are put back in the order of "linear" for the call, in scratch.
+No kernel here reads layouts "shuffled" and "shuffled_scales": bytes that are elsewhere than in "linear" are put back
+in its order for the call, in scratch.
 
 x that is not bfloat16 is taken apart into two (float16) or three (float32) tensors of bfloat16 whose sum it is, but for
 what is below 2**-133. Their products are exact, too, and are added in float32.
@@ -282,19 +283,27 @@ def _aligned(bytes_: Tensor) -> Tensor:
 
 def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor, str]:
     """A weight in a layout that kernels read, from addresses from which they can, and which layout."""
-    if layout == "shuffled":
+    if layout in _mxfp4_weight.SHUFFLED:
         width = scales.shape[1]
-        in_order = _launch.scratch(codes, (codes.numel() * 2 // width, width // 2), torch.uint8)
-        of_blocks = _launch.scratch(codes, (len(in_order), width // _mxfp4.BLOCK), torch.uint8)
-        _launch.torch_call(_unshuffle, codes, scales, in_order, of_blocks)
-        return in_order, of_blocks, "linear"
+        of_blocks = _launch.scratch(codes, (codes.numel() * 2 // width, width // _mxfp4.BLOCK), torch.uint8)
+        _launch.torch_call(_unshuffle_scales, scales, of_blocks)
+        if layout == "shuffled":
+            in_order = _launch.scratch(codes, (len(of_blocks), width // 2), torch.uint8)
+            _launch.torch_call(_unshuffle_codes, codes, in_order)
+            codes = in_order
+        return _whole_words(codes), of_blocks, "linear"
     # Scales as checkpoints have them are loaded one by one.
     return _whole_words(codes), scales if layout == "linear" else _whole_words(scales), layout
 
 
-def _unshuffle(codes: Tensor, scales: Tensor, *out: Tensor) -> None:
-    for target, source in zip(out, _mxfp4_weight.in_order(codes, scales), strict=True):
-        target.view(source.shape).copy_(source)
+def _unshuffle_codes(codes: Tensor, out: Tensor) -> None:
+    source = _mxfp4_weight.codes_in_order(codes, out.shape[1] * 2)
+    out.view(source.shape).copy_(source)
+
+
+def _unshuffle_scales(scales: Tensor, out: Tensor) -> None:
+    source = _mxfp4_weight.scales_in_order(scales)
+    out.view(source.shape).copy_(source)
 
 
 def _whole_rows(x: Tensor) -> Tensor:

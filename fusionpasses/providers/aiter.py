@@ -1,9 +1,10 @@
-"""The AITER provider: AMD's kernels, for the calls of which they give exactly what our ops mean.
+"""The AITER provider: AMD's kernels, for the calls of which they give what our ops mean, or as nearly as was asked for.
 
-Two names in a graph mean this module. "aiter" runs a call by AITER where ``_aiter_rules.accepts`` proves from metadata
+Three names in a graph mean this module. "aiter" runs a call by AITER where ``_aiter_rules.choose`` proves from metadata
 that its bytes are ours; "aiter_finite" also where they are ours unless something is Inf or NaN, or as large as
-1.75 * 2**127, which a user promises by asking for it. Any other call is run by the Triton provider, here, at run time:
-AITER's answer to it would be wrong, or memory corrupted, so the rule is part of what the two names mean.
+1.75 * 2**127, which a user promises by asking for it; "aiter_fast" also where AITER keeps float32 and our contract
+rounds, so that ordinary inputs give other bytes. Any other call is run by the Triton provider, here, at run time:
+AITER's answer to it would be wrong, or memory corrupted, so the rule is part of what the names mean.
 
 Where it stands on the numerics contract of the ops, beside ``_aiter_numerics.NUMERICS``:
 
@@ -12,6 +13,8 @@ Where it stands on the numerics contract of the ops, beside ``_aiter_numerics.NU
 - ``silu_mul_mxfp4_quant``: given the same activation, which is ``x / (1 + exp2(-(x * 1.44269504)))``: the rounding of
   the exponent costs up to ``2 * abs(x)`` half ulp for negative x, on top of those of exp2, sum and quotient.
 - ``mxfp4_gemm``: sums in float32 in an order that depends on the number of tokens.
+- Asked for "aiter_fast", the norm ops quantise the float32 norm of the unrounded sum and ``silu_mul_mxfp4_quant`` the
+  float32 product, of which the activation is that of AITER's own float32 steps; rotations are in float32, too.
 
 AITER allocates its outputs. Its torch ops declare every argument as mutated, which is lost on a graph that holds ours
 alone, and tell autograd of none of them; it is told of the cache here.
@@ -23,18 +26,17 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusionpasses._aiter_numerics import CAPABILITY, function_for
-from fusionpasses.errors import ProviderUnavailable
+from fusionpasses._aiter_numerics import LEVELS, Level
 from fusionpasses.kernels import arch
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.probes import Verdict
-from fusionpasses.providers import _aiter_import, _aiter_rules, triton
-from fusionpasses.providers._aiter_rules import row_stride, slot_stride
+from fusionpasses.providers import _aiter_conditions, _aiter_import, _aiter_rules, triton
+from fusionpasses.providers._aiter_conditions import Target, row_stride, slot_stride
 
 log = logging.getLogger(__name__)
 
@@ -50,70 +52,113 @@ def _dynamic_mxfp4_quant(
 
 
 def _fused_rms(
-    function: Callable[..., Any], release: str, arguments: dict[str, Any], with_norm: bool
-) -> tuple[Tensor | None, ...]:
-    """codes, scales, sum and norm; the last two are None where there are none."""
-    x, residual = arguments["x"], arguments.get("residual")
+    function: Callable[..., Any], release: str, arguments: dict[str, Any], with_norm: bool = False
+) -> dict[str, Tensor]:
+    """What the ops return, by the names of their schemas; all that was asked for."""
+    x, residual, x2 = arguments["x"], arguments.get("residual"), arguments.get("x2")
     options: dict[str, Any] = {}
     if residual is not None:
         options["res1"] = _matrix(residual)
+    if x2 is not None:
+        options |= {"x2": _matrix(x2), "x2_weight": arguments["weight2"], "x2_epsilon": arguments["eps2"]}
     if with_norm:
         options["output_unquantized_inp1"] = True
-    returned = function(_matrix(x), arguments["weight"], arguments["eps"], **options)
-    (codes, scales), *rest = returned
+    (codes, scales), *rest = function(_matrix(x), arguments["weight"], arguments["eps"], **options)
     # old: out2, out_res1. new: out1, out2, out_res1.
-    norm = rest[0] if release == "new" else None
-    total = rest[-1]
-    return (
-        *_conformed(x, codes, scales),
-        None if residual is None else total.view(x.shape),
-        None if norm is None else norm.view(x.shape),
-    )
+    norm, norm2, total = rest if release == "new" else (None, *rest)
+    returned = dict(zip(("codes", "scales"), _conformed(x, codes, scales), strict=True))
+    for name, given in (("sum", total), ("norm", norm), ("norm2", norm2)):
+        if given is not None:
+            returned[name] = given.view(*x.shape[:-1], given.shape[-1])
+    return returned
 
 
 def _rmsnorm(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
-    return _fused_rms(function, release, arguments, False)[:2]
+    returned = _fused_rms(function, release, arguments)
+    return returned["codes"], returned["scales"]
 
 
 def _rmsnorm_with_norm(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
-    codes, scales, _, norm = _fused_rms(function, release, arguments, True)
-    return codes, scales, norm
+    returned = _fused_rms(function, release, arguments, with_norm=True)
+    return returned["codes"], returned["scales"], returned["norm"]
+
+
+def _rmsnorm_with_second(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
+    returned = _fused_rms(function, release, arguments)
+    return returned["codes"], returned["scales"], returned["norm2"]
 
 
 def _rmsnorm_add(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
-    return _fused_rms(function, release, arguments, False)[:3]
+    returned = _fused_rms(function, release, arguments)
+    return returned["codes"], returned["scales"], returned["sum"]
 
 
 def _rmsnorm_add_with_norm(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
-    return _fused_rms(function, release, arguments, True)
+    returned = _fused_rms(function, release, arguments, with_norm=True)
+    return returned["codes"], returned["scales"], returned["sum"], returned["norm"]
 
 
 def _silu_mul(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     gate = arguments["gate"]
     n, rows = gate.shape[-1], gate.shape[:-1].numel()
     both = gate.as_strided((rows, 2 * n), (_stride(gate), gate.stride(-1)))
-    return _conformed(gate, *function(both, arguments["activation"]))
+    return _conformed(gate, *function(both, _aiter_conditions.ACTIVATIONS[arguments["activation"]]))
 
 
 def _rope_absorbed(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Tensor:
-    positions, cos, k_pe = arguments["positions"], arguments["cos"], arguments["k_pe"]
-    if positions is None:
-        positions = torch.arange(cos.shape[0], device=cos.device)
-    else:
-        # AITER would read before the table for those that count from the end, and anywhere for those out of range.
-        positions = torch.remainder(positions.long(), cos.shape[0])
     q: Tensor = _write_cache(
         function,
         arguments,
         q_nope=arguments["q_nope"],
         q_pe=arguments["q_pe"],
-        k_pe=k_pe,
-        positions=positions,
-        cos=cos,
+        k_pe=arguments["k_pe"],
+        positions=_positions(arguments),
+        cos=arguments["cos"],
         sin=arguments["sin"],
         neox=arguments["style"] == "neox",
     )
     return q
+
+
+def _rope_absorbed_hip(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Tensor:
+    q_nope, q_pe, k_pe = arguments["q_nope"], arguments["q_pe"], arguments["k_pe"]
+    kv_c, cache = arguments["kv_c"], arguments["kv_cache"]
+    q: Tensor = q_nope.new_empty((*q_pe.shape[:2], q_nope.shape[2] + q_pe.shape[2]))
+    one = kv_c.new_ones(1, dtype=torch.float32)  # the scales: read, and of no effect on a cache of the model's dtype
+    function(
+        q_nope,
+        q_pe,
+        kv_c,
+        k_pe if k_pe.dim() == 2 else k_pe.squeeze(1),
+        cache if cache.dim() == 3 else cache.unsqueeze(1),
+        q,
+        _slots_inside(arguments).long().contiguous(),
+        one,
+        one,
+        _positions(arguments).contiguous(),
+        arguments["cos"],
+        arguments["sin"],
+        arguments["style"] == "neox",
+        True,  # q_nope, and kv_c, come first
+        # Else AITER does not write the query of a token without a slot.
+        compute_all_q_rope=True,
+    )
+    torch.autograd.graph.increment_version((cache,))
+    return q
+
+
+def _positions(arguments: dict[str, Any]) -> Tensor:
+    """Rows of cos and sin as int64, within the table: AITER would read before it, or somewhere, or take the nearest."""
+    positions, cos = arguments["positions"], arguments["cos"]
+    if positions is None:
+        return torch.arange(cos.shape[0], device=cos.device)
+    return torch.remainder(positions.long(), cos.shape[0])
+
+
+def _slots_inside(arguments: dict[str, Any]) -> Tensor:
+    """-1 for slots beyond the cache: AITER writes wherever a slot out of range points."""
+    cache, slots = arguments["kv_cache"], arguments["slots"]
+    return torch.where(slots < cache.shape[:-1].numel(), slots, -1)
 
 
 def _concat(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> None:
@@ -145,18 +190,16 @@ def _write_cache(
     sin: Tensor,
     neox: bool,
 ) -> Tensor:
-    cache, kv_c, slots = arguments["kv_cache"], arguments["kv_c"], arguments["slots"]
+    cache, kv_c = arguments["kv_cache"], arguments["kv_c"]
     capacity, width = cache.shape[:-1].numel(), cache.shape[-1]
     flat = cache.as_strided((capacity, 1, width), (_slots(cache), width, 1))
-    # AITER writes wherever a slot out of range points.
-    slots = torch.where(slots < capacity, slots, -1)
     q, *_ = function(
         q_nope,
         q_pe,
         kv_c.unsqueeze(1),
         k_pe if k_pe.dim() == 3 else k_pe.unsqueeze(1),
         flat,
-        slots,
+        _slots_inside(arguments),
         positions,
         cos,
         sin,
@@ -171,76 +214,131 @@ def _write_cache(
 
 
 def _gemm(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
-    x_codes, x_scales, out_dtype = arguments["x_codes"], arguments["x_scales"], arguments["out_dtype"]
-    w_codes, w_scales = arguments["w_codes"], arguments["w_scales"]
-    if arguments["layout"] == "linear":
-        out = function(_matrix(x_codes), w_codes, _matrix(x_scales), w_scales, out_dtype)
-        return out.view(*x_codes.shape[:-1], w_codes.shape[0])
-    codes, scales = _matrix(x_codes), _matrix(x_scales)
-    tile = _tile(function, arguments)
-    if len(scales) >= _aiter_rules.MANY_TOKENS:
-        scales = torch.nn.functional.pad(scales, (0, 0, 0, -len(scales) % _aiter_rules.SCALE_ROWS), value=127)
+    x_codes, w_codes = arguments["x_codes"], arguments["w_codes"]
+    x, x_scales = _matrix(x_codes), _matrix(arguments["x_scales"])
+    out = function(x, w_codes, x_scales, arguments["w_scales"], arguments["out_dtype"])
+    return out.view(*x_codes.shape[:-1], w_codes.shape[0])
+
+
+def _gemm_shuffled(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
+    return _multiply_shuffled(function, arguments, _tile_of_shuffled(function, arguments))
+
+
+def _gemm_shuffled_scales(function: Callable[..., Any], release: str, arguments: dict[str, Any]) -> Any:
+    return _multiply_shuffled(function, arguments, _tile_of_shuffled_scales(function, arguments))
+
+
+def _multiply_shuffled(function: Callable[..., Any], arguments: dict[str, Any], tile: dict[str, Any]) -> Any:
+    """Tokens' scales are shuffled, too, where AITER's kernel reads them so: in tiles of 32 tokens and more."""
+    x_codes, scales = arguments["x_codes"], _matrix(arguments["x_scales"])
+    if tile["BLOCK_SIZE_M"] >= _aiter_conditions.MANY_TOKENS:
+        scales = torch.nn.functional.pad(scales, (0, 0, 0, -len(scales) % _aiter_conditions.SCALE_ROWS), value=127)
         scales = _mxfp4_weight.shuffled_scales(scales)
-    out = function(codes, w_codes, scales, w_scales, out_dtype, None, tile)
+    weight = arguments["w_codes"], arguments["w_scales"]
+    out = function(_matrix(x_codes), weight[0], scales, weight[1], arguments["out_dtype"], None, tile)
     return out.view(*x_codes.shape[:-1], arguments["rows"])
 
 
-def _tile(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+class _Tiles(NamedTuple):
+    """What a product takes its tile from AITER's table by, and what must hold of the tile."""
+
+    of: Callable[[Callable[..., Any], dict[str, Any]], dict[str, Any]]
+    refused: Callable[[dict[str, Any], int, int, int], str | None]
+
+
+def _tile_of_shuffled(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The tile of AITER's table for a product of a shuffled weight, all of K in one program.
 
     Where it has parts of K, AITER takes K for twice as long and reads beyond the rows of both operands: sums were NaN
     with 2 and 4 parts, in the interpreter.
     """
-    x = arguments["x_codes"]
-    sizes = x.shape[:-1].numel(), arguments["rows"], x.shape[-1]
-    tile, _ = sys.modules[function.__module__]._get_config(*sizes, True)
+    tile, _ = sys.modules[function.__module__]._get_config(*_sizes_in_table(arguments), True)
     return {**tile, "NUM_KSPLIT": 1}
 
 
-_RUN: dict[str, _Run] = {
-    "dynamic_mxfp4_quant.default": _dynamic_mxfp4_quant,
-    "rmsnorm_mxfp4_quant.default": _rmsnorm,
-    "rmsnorm_mxfp4_quant.with_norm": _rmsnorm_with_norm,
-    "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add,
-    "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_with_norm,
-    "silu_mul_mxfp4_quant.default": _silu_mul,
-    "fused_rope_mla_kv_cache.absorbed": _rope_absorbed,
-    "concat_and_cache_mla.default": _concat,
-    "mxfp4_gemm.default": _gemm,
+def _tile_of_shuffled_scales(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The tile of AITER's table for a product of linear codes, as AITER will cut K.
+
+    This function counts K right. Of a K that one step takes it would start programs that do nothing.
+    """
+    module = sys.modules[function.__module__]
+    rows, n, half = _sizes_in_table(arguments)
+    tile, _ = module._get_config(rows, n, half, False)
+    parts = tile["NUM_KSPLIT"] if tile["BLOCK_SIZE_K"] < half * 2 else 1
+    return {**tile, "NUM_KSPLIT": parts}
+
+
+def _sizes_in_table(arguments: dict[str, Any]) -> tuple[int, int, int]:
+    """Tokens, rows of the weight and bytes of a row of codes."""
+    x = arguments["x_codes"]
+    return x.shape[:-1].numel(), arguments["rows"], x.shape[-1]
+
+
+#: By function of AITER's; "gemm_afp4wfp4" chooses by itself, and checks.
+_TILES = {
+    "gemm_afp4wfp4_preshuffle": _Tiles(_tile_of_shuffled, _aiter_conditions.tile_of_shuffled),
+    "gemm_afp4wfp4_preshuffled_scales": _Tiles(_tile_of_shuffled_scales, _aiter_conditions.tile_of_shuffled_scales),
+}
+
+#: By op (``packet.overload``) and function of AITER, as ``_aiter_rules.RULES``.
+_RUN: dict[tuple[str, str], _Run] = {
+    ("dynamic_mxfp4_quant.default", "dynamic_mxfp4_quant"): _dynamic_mxfp4_quant,
+    ("rmsnorm_mxfp4_quant.default", "fused_rms_mxfp4_quant"): _rmsnorm,
+    ("rmsnorm_mxfp4_quant.with_norm", "fused_rms_mxfp4_quant"): _rmsnorm_with_norm,
+    ("rmsnorm_mxfp4_quant.with_second", "fused_rms_mxfp4_quant"): _rmsnorm_with_second,
+    ("rmsnorm_add_mxfp4_quant.default", "fused_rms_mxfp4_quant"): _rmsnorm_add,
+    ("rmsnorm_add_mxfp4_quant.with_norm", "fused_rms_mxfp4_quant"): _rmsnorm_add_with_norm,
+    ("silu_mul_mxfp4_quant.default", "act_mul_and_mxfp4_quant"): _silu_mul,
+    ("fused_rope_mla_kv_cache.absorbed", "fused_qk_rope_cat_and_cache_mla"): _rope_absorbed,
+    ("fused_rope_mla_kv_cache.absorbed", "fused_qk_rope_concat_and_cache_mla"): _rope_absorbed_hip,
+    ("concat_and_cache_mla.default", "fused_qk_rope_cat_and_cache_mla"): _concat,
+    ("mxfp4_gemm.default", "gemm_afp4wfp4"): _gemm,
+    ("mxfp4_gemm.default", "gemm_afp4wfp4_preshuffle"): _gemm_shuffled,
+    ("mxfp4_gemm.default", "gemm_afp4wfp4_preshuffled_scales"): _gemm_shuffled_scales,
 }
 
 
-def judge(op: str, arguments: dict[str, Any], *, finite: bool) -> Verdict:
-    """Would this call be run by AITER? Imports it.
+def choose(op: str, arguments: dict[str, Any], level: Level) -> _aiter_rules.Choice:
+    """Which function of AITER's would run this call, at what was asked for, and why. Imports those that might.
 
     Raises:
         ProviderUnavailable: AITER cannot be imported, or what it has is of no known release.
     """
-    name = function_for(op, arguments)
-    try:
+
+    def look(name: str) -> tuple[str, str]:
         function, release = _aiter_import.load(name)
-    except ProviderUnavailable as error:
-        if name == CAPABILITY[op]:
-            raise
-        return Verdict(False, str(error))  # other calls of the op are AITER's
+        return release, _refused_by_its_state(name, function, arguments)
+
+    return _aiter_rules.choose(op, arguments, target(arguments), level=level, look=look)
+
+
+def target(arguments: dict[str, Any]) -> Target:
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    target = _aiter_rules.Target(arch.of(device).name, _keeps_zeros())
-    answer = _aiter_rules.accepts(op, arguments, release, target, finite=finite)
-    if answer and getattr(sys.modules.get(function.__module__), "_USE_GEMM_SPLITK_BF16", False):
-        return Verdict(False, "set_use_gemm_splitk_bf16(True) was called: AITER rounds partial sums to bfloat16")
-    if answer and arguments.get("layout") == "shuffled":
-        reason = _tile_refused(function, arguments)
-        return answer if reason is None else Verdict(False, reason)
-    return answer
+    return Target(arch.of(device).name, _keeps_zeros(), _rocm())
 
 
-def _tile_refused(function: Callable[..., Any], arguments: dict[str, Any]) -> str | None:
-    x = arguments["x_codes"]
-    sizes = x.shape[:-1].numel(), arguments["rows"], x.shape[-1] * 2
+def judge(op: str, arguments: dict[str, Any], level: Level) -> Verdict:
+    """Would this call be run by AITER? As ``choose``."""
+    return choose(op, arguments, level).verdict
+
+
+def _refused_by_its_state(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    """Why a function must not run a call, by switches and tables of AITER's own; "" if it may."""
+    if getattr(sys.modules.get(function.__module__), "_USE_GEMM_SPLITK_BF16", False):
+        return "set_use_gemm_splitk_bf16(True) was called: AITER rounds partial sums to bfloat16"
+    if name not in _TILES:
+        return ""
+    rows, n, half = _sizes_in_table(arguments)
     try:
-        return _aiter_rules.tile_of_shuffled(_tile(function, arguments), *sizes)
+        tile = _TILES[name].of(function, arguments)
+        if tile["NUM_KSPLIT"] > 1:
+            # The width of a step that AITER itself will take.
+            _, depth, _ = sys.modules[function.__module__].get_splitk(half, tile["BLOCK_SIZE_K"], tile["NUM_KSPLIT"])
+            tile = {**tile, "BLOCK_SIZE_K": depth}
+        return _TILES[name].refused(tile, rows, n, half * 2) or ""
     except Exception as error:  # no file of tiles for this GPU, or the table has changed
-        return f"layout: got 'shuffled', and AITER's table of tiles failed with {type(error).__name__}: {error}"
+        got = arguments["layout"]
+        return f"layout: got {got!r}, and AITER's table of tiles failed with {type(error).__name__}: {error}"
 
 
 @functools.cache
@@ -251,24 +349,26 @@ def _keeps_zeros() -> bool:
     return hasattr(ir.builder, "create_fneg")
 
 
-def _adapter(op: str, finite: bool) -> Callable[..., Any]:
-    run = _RUN[op]
+def _rocm() -> int:
+    """The first number of the version of ROCm that this torch is for, 0 if it is for none."""
+    return int((torch.version.hip or "0").partition(".")[0])
 
+
+def _adapter(op: str, level: Level) -> Callable[..., Any]:
     def adapter(*args: Any, **kwargs: Any) -> Any:
         arguments = bound(op, args, kwargs)
-        answer = judge(op, arguments, finite=finite)
+        name, answer = choose(op, arguments, level)
         if not answer:
             log.debug("%s by Triton: %s", op, answer.why)
             return triton.ADAPTERS[op](*args, **kwargs)
-        function, release = _aiter_import.load(function_for(op, arguments))
-        return run(function, release, arguments)
+        function, release = _aiter_import.load(name)
+        return _RUN[op, name](function, release, arguments)
 
     return adapter
 
 
-#: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
-ADAPTERS = {op: _adapter(op, False) for op in _RUN}
-FINITE_ADAPTERS = {op: _adapter(op, True) for op in _RUN}
+#: By provider, the adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
+ADAPTERS = {provider: {op: _adapter(op, level) for op, _ in _RUN} for provider, level in LEVELS.items()}
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from torch import Tensor
 from fusionpasses.kernels import arch
 from fusionpasses.kernels import dynamic_mxfp4_quant as quant_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
+from fusionpasses.kernels import rmsnorm_mxfp4_quant_pair as pair_kernel
 from fusionpasses.kernels import silu_mul_mxfp4_quant as gated_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
 from fusionpasses.providers import _launch, _triton_gemm, _triton_rope
@@ -96,6 +97,71 @@ def _rmsnorm_mxfp4_quant_with_norm(
     norm = _rms_norm.fake(x, weight, cast_order, norm_dtype)
     _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, norm)
     return codes, scales, norm
+
+
+def _rmsnorm_mxfp4_quant_with_second(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    x2: Tensor,
+    weight2: Tensor | None,
+    eps2: float,
+    *,
+    cast_order: str,
+    norm_dtype: torch.dtype | None = None,
+    cast_order2: str,
+    norm_dtype2: torch.dtype | None = None,
+    scale_mode: str = "even",
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = _mxfp4.fake_quantized(x)
+    norm2 = _rms_norm.fake(x2, weight2, cast_order2, norm_dtype2)
+    row_blocks, row_blocks2 = scales.shape[-1], x2.shape[-1] // _mxfp4.BLOCK
+    rows = scales.numel() // row_blocks
+    if rows == 0:
+        return codes, scales, norm2
+    gpu = arch.of(x.device)
+    dtypes = [None if w is None else w.dtype for w in (weight, weight2)]
+    first = rows, row_blocks, x.dtype, dtypes[0], cast_order
+    chosen = pair_kernel.launch_options(*first, row_blocks2, dtypes[1], norm2.dtype, cast_order2, gpu)
+    if chosen is None:
+        # The second by the kernel that quantises as well, which no model's width needs.
+        codes2, scales2 = (_launch.scratch(x2, tuple(shape), torch.uint8) for shape in _mxfp4.packed_shapes(x2))
+        _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, None)
+        _launch_norm(x2, None, weight2, eps2, cast_order2, norm_dtype2, "even", codes2, scales2, None, norm2)
+        return codes, scales, norm2
+    rounding = _roundings(x, weight, cast_order, norm_dtype)
+    rounding2 = _roundings(x2, weight2, cast_order2, norm_dtype2)
+    (x, stride), (x2, stride2) = _aligned_rows(x), _aligned_rows(x2)
+    weight, weight2 = (None if w is None else _aligned_rows(w)[0] for w in (weight, weight2))
+    options: dict[str, Any] = {**chosen[0]}
+    with _launch.on_device_of(x):
+        _launch.launch(
+            pair_kernel.rmsnorm_mxfp4_quant_pair,
+            (chosen[1] + chosen[2],),
+            x,
+            weight,
+            x2,
+            weight2,
+            codes,
+            scales,
+            norm2,
+            stride,
+            stride2,
+            rows,
+            chosen[1],
+            eps,
+            eps2,
+            ROW_BLOCKS=row_blocks,
+            ROW_BLOCKS2=row_blocks2,
+            SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
+            ROUND_BEFORE_WEIGHT=rounding[0],
+            ROUND_RESULT=rounding[1],
+            ROUND_BEFORE_WEIGHT2=rounding2[0],
+            ROUND_RESULT2=rounding2[1],
+            ISA=gpu.isa,
+            **options,
+        )
+    return codes, scales, norm2
 
 
 def _rmsnorm_add_mxfp4_quant(
@@ -165,6 +231,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "dynamic_mxfp4_quant.default": _dynamic_mxfp4_quant,
     "rmsnorm_mxfp4_quant.default": _rmsnorm_mxfp4_quant,
     "rmsnorm_mxfp4_quant.with_norm": _rmsnorm_mxfp4_quant_with_norm,
+    "rmsnorm_mxfp4_quant.with_second": _rmsnorm_mxfp4_quant_with_second,
     "rmsnorm_add_mxfp4_quant.default": _rmsnorm_add_mxfp4_quant,
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
     "silu_mul_mxfp4_quant.default": _silu_mul_mxfp4_quant,
@@ -172,6 +239,14 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     **_triton_rope.ADAPTERS,
     **_triton_gemm.ADAPTERS,
 }
+
+
+def _roundings(x: Tensor, weight: Tensor | None, cast_order: str, norm_dtype: torch.dtype | None) -> tuple[bool, bool]:
+    """Does a norm round to x's dtype before the weight, and does it round the result to that?"""
+    round_before_weight = cast_order == "cast_scale"
+    # A product of two tensors of x's dtype is rounded to it, whatever it is converted to afterwards.
+    round_product = round_before_weight and weight is not None and weight.dtype == x.dtype
+    return round_before_weight, round_product or _rms_norm.result_dtype(x, weight, cast_order, norm_dtype) == x.dtype
 
 
 def _launch_norm(
@@ -190,10 +265,7 @@ def _launch_norm(
     if scales.numel() == 0:
         return
     row_blocks = scales.shape[-1]
-    round_before_weight = cast_order == "cast_scale"
-    # A product of two tensors of x's dtype is rounded to it, whatever it is converted to afterwards.
-    round_product = round_before_weight and weight is not None and weight.dtype == x.dtype
-    round_result = round_product or _rms_norm.result_dtype(x, weight, cast_order, norm_dtype) == x.dtype
+    round_before_weight, round_result = _roundings(x, weight, cast_order, norm_dtype)
     x, x_stride = _aligned_rows(x)
     residual_stride = None
     if residual is not None:
