@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fusionpasses.kernels import gemm_choice, mxfp4_gemm
+from fusionpasses.kernels.arch import Arch
 from tools.dot_configs import DotConfig, every_dot, some_dots
 from tools.pair_configs import PairConfig, every_pair, some_pairs
 
@@ -410,11 +412,32 @@ def every_gemm() -> list[GemmConfig]:
                 configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes=True))
         for rows, n in weights[::3]:
             configs.append(GemmConfig(target, "many tokens", 300, rows, n, layout))
+    configs += _other_tiles(configs)
     # 32 and 64 tokens fill tiles; 33 columns of K and 63560 rows do not.
     for i, (tokens, (rows, n)) in enumerate(itertools.product((17, 32, 64, 130), ((18432, 7168), (63560, 1056)))):
         configs.append(GemmConfig("sm_90", "some tokens", tokens, rows, n, "tiles", codes=i % 4 == 3, bias=i % 3 == 0))
         configs.append(GemmConfig("sm_90", "tokens interleaved", tokens, rows, n, "tiles", codes=i % 4 != 1))
     return configs
+
+
+def _other_tiles(configs: list[GemmConfig]) -> list[GemmConfig]:
+    """Of few tokens on sm_90, a configuration for each tile that none of these has."""
+    weights = ((36864, 7168), (24576, 1536), (14336, 4096), (7168, 18432), (7168, 16384), (2112, 7168), (1536, 7168))
+    others = [
+        GemmConfig("sm_90", "few tokens", tokens, *weight, layout, codes)
+        for tokens, weight, layout, codes in itertools.product((1, 16, 32), weights, ("tiles", "linear"), (False, True))
+    ]
+    have = {_tile(c): c for c in configs if (c.target, c.chain) == ("sm_90", "few tokens")}
+    found = {_tile(c): c for c in reversed(others)}
+    return [c for tile, c in found.items() if tile not in have and tile[0] == "mxfp4_gemm"]
+
+
+def _tile(c: GemmConfig) -> tuple[Any, ...]:
+    h200 = Arch("sm_90", 32, 132)
+    choice = gemm_choice.choose(c.tokens, c.rows, c.n, h200, w4a4=c.codes, layout=c.layout)
+    decoded = c.codes and mxfp4_gemm.decodes_tokens(c.tokens, c.rows, c.n)
+    sizes = [choice.options.get(name) for name in ("ROW_TILES", "TOKEN_TILES", "K_WARPS", "STAGES")]
+    return (choice.kernel, c.layout, decoded, *sizes)
 
 
 def _cache_config(row: dict[str, Any]) -> CacheConfig:
