@@ -50,6 +50,7 @@ def register() -> None:
         def lowered(*args: Any, **kwargs: Any) -> Any:
             return pytree.tree_map(boxed, DirectKernel.create(overload, *args, **kwargs))
 
+        lowered._is_fallback_handler = True  # type: ignore[attr-defined]  # so does Inductor's own
         return lowered
 
     for op in OPS.values():

@@ -333,6 +333,10 @@ def k_first(rows: Tensor, kv_c: Tensor, k: Tensor, slots: Tensor) -> None:
     rows[slots] = torch.cat([k, kv_c], -1)
 
 
+def draw(cache: Tensor, q: Tensor) -> Tensor:
+    return torch.multinomial(q.float().flatten(0, -2).softmax(-1), 1).bfloat16().mean()
+
+
 def attend(cache: Tensor, q: Tensor) -> Tensor:
     return (cache.float() * q.float().mean()).sum().bfloat16()
 
@@ -359,6 +363,7 @@ def wrong_block(rows: Tensor, kv_c: Tensor, k: Tensor, slots: Tensor) -> None:
         ({"rotate_q": lambda x, cos, sin: neox(x, cos * 2, sin)}, "no rotation of q by the same angles"),
         ({"rotate_q": deepseek}, "no rotation of q by the same angles"),
         ({"read": attend}, "reads the cache between the rotation and the write"),
+        ({"read": draw}, "aten.multinomial.default draws random numbers between the rotation and the write"),
         ({"read": lambda cache, q: q.mean(), "feeds": True}, "are computed from what the op would give"),
     ],
 )

@@ -238,6 +238,36 @@ def test_an_add_behind_a_view_stays_outside_with_a_note(between, words):
     assert result.report.fused[0].notes == (f"the residual add was left outside: {words}",)
 
 
+def test_random_numbers_are_drawn_in_the_same_order():
+    """What reads the sum moves behind the fused op, and so past what draws from the same seed."""
+
+    def between(x, r, w):
+        s = x + r
+        drawn = torch.multinomial(s.float().softmax(-1), 2), torch.multinomial(x.float().softmax(-1), 3)
+        return *quant(norm(s, w)), *drawn
+
+    result = run(between, bf16(4, 64), bf16(4, 64), bf16(64))
+    assert ops(result) == [(FUSED, "rmsnorm_mxfp4_quant.default")]
+    assert result.report.fused[0].notes == (
+        "the residual add was left outside: aten.multinomial.default draws random numbers between the add and the norm",
+    )
+
+    def outside(x, r, w):
+        before = torch.multinomial(x.float().softmax(-1), 3)
+        s = x + r
+        return *quant(norm(s, w)), before, torch.multinomial(s.float().softmax(-1), 2)
+
+    assert ops(run(outside, bf16(4, 64), bf16(4, 64), bf16(64))) == [(FUSED, "rmsnorm_add_mxfp4_quant.default")]
+
+
+def test_a_random_number_between_a_norm_and_its_quant_is_no_reason():
+    def model(x, w):
+        n = norm(x, w)
+        return torch.multinomial(x.float().softmax(-1), 2), *quant(n)
+
+    assert ops(run(model, bf16(4, 64), bf16(64))) == [(FUSED, "rmsnorm_mxfp4_quant.default")]
+
+
 def test_a_weight_computed_after_the_sum_takes_the_add_in():
     def model(x, r, w):
         s = x + r

@@ -463,14 +463,33 @@ def _second_norm_providers():
 
 @pytest.mark.parametrize("release", ["new"])
 def test_the_promise_to_aiter_keeps_the_first_norm_with_it(release, monkeypatch):
-    from fusionpasses import _aiter_numerics, providers
+    from fusionpasses import providers
 
     with aiter_fakes.installed(release, monkeypatch):
         assert providers.usable("aiter_finite", DEFAULT, "cuda")
-        answer = providers.usable("aiter_finite", WITH_SECOND, "cuda")
-        assert bool(answer) == (WITH_SECOND in _aiter_numerics.CAPABILITY)
-        if not answer:
-            assert "no adapter asks it to" in answer.why
+        assert providers.usable("aiter_finite", WITH_SECOND, "cuda")
+
+
+def test_random_numbers_are_drawn_in_the_same_order():
+    """What reads the second norm moves behind the fused op, and so past what draws from the same seed."""
+
+    def between(rows, w, w2):
+        latent = norm(rows[:, 64:160], w2)
+        drawn = torch.multinomial(latent.float().softmax(-1), 2), torch.multinomial(rows.float().softmax(-1), 3)
+        return *quant(norm(rows[:, :64], w)), *drawn
+
+    result = run(between, *inputs())
+    assert ops(result) == [(FUSED, DEFAULT)]
+    (note,) = result.report.fused[0].notes
+    assert note.endswith("was left outside: aten.multinomial.default draws random numbers between the two norms")
+
+    def outside(rows, w, w2):
+        before = torch.multinomial(rows.float().softmax(-1), 3)
+        codes, scales = quant(norm(rows[:, :64], w))
+        latent = norm(rows[:, 64:160], w2)
+        return codes, scales, before, torch.multinomial(latent.float().softmax(-1), 2)
+
+    assert ops(run(outside, *inputs())) == [(FUSED, WITH_SECOND)]
 
 
 def test_each_guard_by_itself():

@@ -69,15 +69,31 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
-def mutating_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that write to one of their arguments. A functional graph has them only in its epilogue."""
-    return [
-        node
-        for node in graph.nodes
-        if node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-    ]
+def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that must not pass each other, though nothing in the graph says so.
+
+    They write to one of their arguments, which in a functional graph only its epilogue does, or draw random numbers,
+    which are other ones in another order.
+    """
+    return [node for node in graph.nodes if writes(node) or _draws(node)]
+
+
+def writes(node: fx.Node) -> bool:
+    """Does it write to one of its arguments?"""
+    return _is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def effect_of(node: fx.Node) -> str:
+    """What one of ``ordered_nodes`` does, in words."""
+    return f"{node.target} {'writes to a tensor' if writes(node) else 'draws random numbers'}"
+
+
+def _draws(node: fx.Node) -> bool:
+    return _is_op(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+
+
+def _is_op(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
 def depends_on(node: object, ancestor: fx.Node) -> bool:

@@ -14,7 +14,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusionpasses.ops import _kv_cache
 from fusionpasses.patterns import _cache_write, _rope
 from fusionpasses.patterns._absorbed import Absorbed
-from fusionpasses.patterns._graph import is_contiguous, mutating_nodes, same_shape, storage_of, tensor_of
+from fusionpasses.patterns._graph import (
+    effect_of,
+    is_contiguous,
+    ordered_nodes,
+    same_shape,
+    storage_of,
+    tensor_of,
+    writes,
+)
 from fusionpasses.patterns._mla_write import Write
 from fusionpasses.patterns._pass import Guard
 from fusionpasses.patterns._rope import Rope
@@ -34,7 +42,7 @@ class Candidate:
         absorbed: what makes the query of absorbed attention of the rotated q, or None.
         in_circle: something that the fused op reads is computed from what it gives.
         reader: a node that reads the cache as it was before the write, and is computed from the rotations.
-        mutator: a node between the rotations and the write that writes to a tensor in place.
+        between: a node between the rotations and the write that writes to a tensor in place or draws random numbers.
     """
 
     write: Write
@@ -43,7 +51,7 @@ class Candidate:
     absorbed: Absorbed | None = None
     in_circle: bool = False
     reader: fx.Node | None = None
-    mutator: fx.Node | None = None
+    between: fx.Node | None = None
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -92,14 +100,14 @@ def look_around(graph: fx.Graph, candidates: Sequence[Candidate]) -> None:
         for i in waiting:
             candidates[i].absorbed = None
         waiting = _in_circles(candidates, computed_from)
-    mutators = mutating_nodes(graph)
+    ordered = ordered_nodes(graph)
     for i, c in enumerate(candidates):
         matched = [*c.k.nodes, *c.write.nodes, *(c.q.nodes if c.q else []), *(c.absorbed.nodes if c.absorbed else [])]
         first, last = min(matched), max(matched)
-        c.mutator = next((node for node in mutators if first < node < last), None)
+        c.between = next((node for node in ordered if first < node < last), None)
         if c.absorbed is not None and c.absorbed.product:
             # The product is of what its factors were before.
-            changed = any(c.absorbed.product[-1] < node < last for node in mutators)
+            changed = any(c.absorbed.product[-1] < node < last for node in ordered if writes(node))
             if changed or {_storage(node) for node in c.absorbed.inputs} & {_storage(node) for node in c.bases}:
                 c.absorbed.product = []
         c.in_circle = i in waiting
@@ -258,10 +266,10 @@ def _check_read(c: Candidate) -> str | None:
     return None
 
 
-def _check_mutators(c: Candidate) -> str | None:
-    if c.mutator is not None:
-        return f"{c.mutator.target} writes to a tensor between the rotation and the write; the graph is not functional"
-    return None
+def _check_between(c: Candidate) -> str | None:
+    if c.between is None:
+        return None
+    return f"{effect_of(c.between)} between the rotation and the write; what is moved would pass it"
 
 
 def _check_overlap(c: Candidate) -> str | None:
@@ -316,6 +324,8 @@ GUARDS = (
     Guard("versions", "kv_c and k_pe are written one after the other, or to two tensors", _check_versions),
     Guard("memory", "two caches share no memory", _check_base),
     Guard("overlap", "no input is a part of the cache; kv_c and k_pe go to other elements of a row", _check_overlap),
-    Guard("functional", "nothing writes to a tensor in place between the rotation and the write", _check_mutators),
+    Guard(
+        "order", "nothing writes to a tensor or draws random numbers between the rotation and the write", _check_between
+    ),
     Guard("reads", "nothing reads the cache between the rotation and the write", _check_read),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fusionpasses.anchors import Anchor
-from fusionpasses.patterns._graph import bound_arguments, is_contiguous, mutating_nodes, same_shape, tensor_of
+from fusionpasses.patterns._graph import bound_arguments, is_contiguous, ordered_nodes, same_shape, tensor_of
 from fusionpasses.patterns._pass import FusionPass, Guard, Judgement, Spelling, first_failure, not_from
 from fusionpasses.patterns._views import ROW_VIEWS, is_row_view, replay, through_row_views
 from fusionpasses.report import NOTHING, REFUSED, Site, Where
@@ -76,7 +76,7 @@ class QuantPass(FusionPass):
     """Base of the passes that start from a quant: the quant itself, and who else reads what it reads."""
 
     def begin(self, graph: fx.Graph) -> None:
-        self._mutators = mutating_nodes(graph)
+        self._ordered = ordered_nodes(graph)
         self._inside: list[tuple[Site, str, list[fx.Node]]] = []
 
     def end(self, graph: fx.Graph) -> None:

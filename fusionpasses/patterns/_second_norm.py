@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fusionpasses.patterns import _rms_norm
-from fusionpasses.patterns._graph import is_contiguous, same_shape, tensor_of
+from fusionpasses.patterns._graph import effect_of, is_contiguous, same_shape, tensor_of
 from fusionpasses.patterns._pass import Guard, first_failure
 from fusionpasses.patterns._rms_norm import RmsNorm
 from fusionpasses.patterns._views import ROW_VIEWS, is_row_view
@@ -44,7 +44,7 @@ class Second:
         base: the tensor that the inputs of both are parts of.
         quants: those of the first.
         other_readers: what else reads the first.
-        mutators: of the graph.
+        ordered: nodes of the graph that must keep their order.
         no_provider: why whoever runs the op without the second norm cannot run it with one; "" if that can.
     """
 
@@ -53,7 +53,7 @@ class Second:
     base: fx.Node
     quants: list[fx.Node]
     other_readers: list[fx.Node]
-    mutators: list[fx.Node]
+    ordered: list[fx.Node]
     no_provider: str
 
 
@@ -109,9 +109,9 @@ def _check_inputs(s: Second) -> str | None:
 def _check_order(s: Second) -> str | None:
     first = min(*s.first.nodes, *s.norm.nodes)
     last = max(s.norm.root, *s.quants)
-    for mutator in s.mutators:
-        if first < mutator < last:
-            return f"{mutator.target} writes to a tensor between the two norms"
+    for node in s.ordered:
+        if first < node < last:
+            return f"{effect_of(node)} between the two norms"
     return None
 
 
@@ -127,7 +127,7 @@ GUARDS = (
     Guard("inside", "nothing else reads what is computed inside the second norm", _check_inside),
     Guard("strides", "the second norm is contiguous", _check_strides),
     Guard("inputs", "neither norm is computed from what the op gives", _check_inputs),
-    Guard("order", "nothing writes to a tensor between the two norms and the quants", _check_order),
+    Guard("order", "nothing between the norms and the quants writes to a tensor or draws random numbers", _check_order),
     Guard("provider", "who runs the op without the second norm can run it with it", _check_provider),
 )
 
@@ -139,7 +139,7 @@ def find(
     first: RmsNorm,
     quants: list[fx.Node],
     other_readers: list[fx.Node],
-    mutators: list[fx.Node],
+    ordered: list[fx.Node],
     anchors: Container[Any],
     no_provider: str,
 ) -> tuple[RmsNorm | None, list[str]]:
@@ -155,7 +155,7 @@ def find(
     for readings in _norms_of_parts(base):
         if any(norm.root is first.root or _is_quantised(norm.root, anchors) for norm in readings):
             continue
-        candidates = [Second(norm, first, base, quants, other_readers, mutators, no_provider) for norm in readings]
+        candidates = [Second(norm, first, base, quants, other_readers, ordered, no_provider) for norm in readings]
         reasons = [first_failure(GUARDS, each) for each in candidates]
         if None not in reasons:
             legal = [reason for each, reason in zip(candidates, reasons, strict=True) if _check_norm(each) is None]

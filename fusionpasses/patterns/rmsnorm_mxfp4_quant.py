@@ -29,10 +29,12 @@ from fusionpasses.patterns._graph import (
     SITE,
     call,
     depends_on,
+    effect_of,
     erase_dead,
     is_contiguous,
     same_shape,
     tensor_of,
+    writes,
 )
 from fusionpasses.patterns._near_miss import explain
 from fusionpasses.patterns._pass import Guard, Judgement, first_failure
@@ -61,7 +63,7 @@ class Candidate:
     norm: RmsNorm
     quants: list[Quant]
     other_readers: list[fx.Node]
-    mutators: list[fx.Node]
+    ordered: list[fx.Node]
 
 
 # --- guards ---------------------------------------------------------------------------------------------------------
@@ -70,9 +72,9 @@ class Candidate:
 def _check_order(c: Candidate) -> str | None:
     first = min(c.norm.nodes)
     last = max(q.node for q in c.quants)
-    for mutator in c.mutators:
-        if first < mutator < last:
-            return f"{mutator.target} writes to a tensor between the norm and the quant"
+    for node in c.ordered:
+        if first < node < last and writes(node):
+            return f"{effect_of(node)} between the norm and the quant"
     return None
 
 
@@ -124,9 +126,9 @@ def _check_add_strides(add: fx.Node, c: Candidate) -> str | None:
 def _check_add_order(add: fx.Node, c: Candidate) -> str | None:
     if depends_on(c.norm.weight, add):
         return "the weight is computed from the sum"
-    for mutator in c.mutators:
-        if add < mutator < c.norm.root:
-            return f"{mutator.target} writes to a tensor between the add and the norm"
+    for node in c.ordered:
+        if add < node < c.norm.root:
+            return f"{effect_of(node)} between the add and the norm"
     return None
 
 
@@ -136,7 +138,9 @@ RESIDUAL_GUARDS = (
     Guard("operands", "both operands are tensors of the sum's shape and dtype", _check_add_operands),
     Guard("strides", "the sum is contiguous", _check_add_strides),
     Guard(
-        "order", "the weight does not depend on the sum, and nothing writes to a tensor in between", _check_add_order
+        "order",
+        "the weight does not depend on the sum, and nothing writes to a tensor or draws random numbers in between",
+        _check_add_order,
     ),
 )
 
@@ -179,7 +183,7 @@ class RmsNormMxfp4Quant(QuantPass):
                 return Judgement(left, base, None)
             return self.not_mine(left, base)
         left.where, left.spelling = Where.of(norm.root.meta), norm.spelling
-        candidate = Candidate(norm, *self.readers(norm.root, anchor, scale_mode_of(node, anchor)), self._mutators)
+        candidate = Candidate(norm, *self.readers(norm.root, anchor, scale_mode_of(node, anchor)), self._ordered)
         left.reason = _rms_norm.illegal(norm) or first_failure(GUARDS, candidate) or ""
         if left.reason:
             return Judgement(left, base, None)
@@ -223,7 +227,7 @@ class RmsNormMxfp4Quant(QuantPass):
         both = providers.usable(alone, op_name(ours.rmsnorm_mxfp4_quant.with_second), device)
         no_provider = "" if both else f"{alone} would run the op without it, and cannot with it: {both.why}"
         quants = [q.node for q in c.quants]
-        return _second_norm.find(c.norm, quants, c.other_readers, c.mutators, self.anchors, no_provider)
+        return _second_norm.find(c.norm, quants, c.other_readers, c.ordered, self.anchors, no_provider)
 
     def _rewrite(
         self, c: Candidate, add: fx.Node | None, second: RmsNorm | None, op: Any, provider: str, site: Site

@@ -22,7 +22,7 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _gated_activation
 from fusionpasses.patterns._gated_activation import Gated
-from fusionpasses.patterns._graph import SITE, call, erase_dead, is_contiguous, tensor_of
+from fusionpasses.patterns._graph import SITE, call, effect_of, erase_dead, is_contiguous, tensor_of, writes
 from fusionpasses.patterns._pass import Guard, Judgement, first_failure
 from fusionpasses.patterns._quant import (
     ANCHOR_GUARDS,
@@ -46,14 +46,14 @@ class Candidate:
     gated: Gated
     quants: list[Quant]
     other_readers: list[fx.Node]
-    mutators: list[fx.Node]
+    ordered: list[fx.Node]
 
 
 def _check_order(c: Candidate) -> str | None:
     first, last = min(c.gated.nodes), max(q.node for q in c.quants)
-    for mutator in c.mutators:
-        if first < mutator < last:
-            return f"{mutator.target} writes to a tensor between the activation and the quant"
+    for node in c.ordered:
+        if first < node < last and writes(node):
+            return f"{effect_of(node)} between the activation and the quant"
     return None
 
 
@@ -89,7 +89,7 @@ class SiluMulMxfp4Quant(QuantPass):
             left.status, left.reason = _gated_activation.explain(base)
             return Judgement(left, base, None) if left.reason else self.not_mine(left, base)
         left.where, left.spelling = Where.of(gated.root.meta), gated.spelling
-        c = Candidate(gated, *self.readers(gated.root, anchor, scale_mode_of(node, anchor)), self._mutators)
+        c = Candidate(gated, *self.readers(gated.root, anchor, scale_mode_of(node, anchor)), self._ordered)
         left.reason = _gated_activation.illegal(gated) or first_failure(GUARDS, c) or ""
         gate = tensor_of(gated.gate)
         if left.reason or gate is None:
