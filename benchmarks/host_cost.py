@@ -70,7 +70,10 @@ def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[A
     if "norm" not in name:
         return (x,), {"scale_mode": "even"}
     tensors = (x, x.clone()) if "add" in name else (x,)
-    return (*tensors, weight, 1e-6), {"cast_order": "cast_scale"}
+    args = (*tensors, weight, 1e-6)
+    if name.endswith("with_second"):
+        return (*args, x.clone(), weight, 1e-6), {"cast_order": "cast_scale", "cast_order2": "cast_scale"}
+    return args, {"cast_order": "cast_scale"}
 
 
 def synchronize(device: str) -> None:

@@ -1,9 +1,10 @@
 """Graphs of ``fusion_backend()`` call our ops without torch's dispatcher.
 
 Generated code calls a custom op as ``torch.ops...``. The dispatcher hands every argument from Python to C++ and back,
-which takes about as long as all the rest of a call that is replayed (``providers/_launch.py``). Generated code has
-plain tensors and no gradients, so nothing is lost by going straight to what the dispatcher would call: ``ops.DIRECT``.
-A profiler or a dispatch mode that is there at run time still sees the op.
+and what it then calls looks for gradients: with both, a replayed call (``providers/_launch.py``) of
+``mxfp4_gemm_a16w4`` took 19 us of a host, and 14 us without. Generated code has plain tensors and no gradients, so
+nothing is lost by going straight to what would be called in the end: ``ops.DIRECT``. A profiler or a dispatch mode that
+is there at run time still sees the op.
 
 A lowering is registered for each op. It makes the very node that Inductor makes of a custom op by itself, constraints
 on strides and all, but for the name that is written into the code. That is for our graphs alone: the key of a compiled

@@ -7,6 +7,7 @@ known, and a call that AITER must not run names Triton; else the rule stays in t
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def settle(graph: fx.Graph, sites: Sequence[Site], requested: str) -> list[str]:
         provider = str(node.kwargs.get("provider", ""))
         if not providers.is_rule(provider):
             if requested == "auto":
-                why = providers.ruled_out(name, _device_type(node), _static_arguments(node, op))
+                why = providers.ruled_out(name, _device_type(node), functools.partial(_static_arguments, node, op))
                 if why:
                     counts["ruled out"][name, why] += 1
             continue

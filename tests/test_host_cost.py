@@ -426,6 +426,15 @@ def test_one_tensor_in_two_places(full_calls: list[str], recorder: Recorder) -> 
         assert launched.args[1] is second
 
 
+@pytest.mark.parametrize("name", EVERY_NAME)
+def test_the_benchmark_has_arguments_for_every_op(name: str) -> None:
+    from benchmarks import host_cost
+
+    with torch.no_grad():
+        args, kwargs = host_cost.arguments(name, torch.randn(4, 128).bfloat16(), torch.randn(128).bfloat16())
+    OPS[name].check(*args, **kwargs)
+
+
 def test_bad_input_is_refused_after_good_input_of_the_same_shape(recorder: Recorder) -> None:
     (x, residual, weight, eps), kwargs = Call().arguments()
     op = ours.rmsnorm_add_mxfp4_quant

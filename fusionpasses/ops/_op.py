@@ -59,8 +59,8 @@ class Op:
 #: Every op overload by name; the contract tests walk this.
 OPS: dict[str, Op] = {}
 
-#: ``DIRECT.<packet>.<overload>(...)``: the call of an op without torch's dispatcher, which takes longer than all the
-#: rest of a call that is replayed. For code that Inductor generates (``direct_calls.py``): plain tensors, no gradient.
+#: ``DIRECT.<packet>.<overload>(...)``: the call of an op without torch's dispatcher. For code that Inductor generates
+#: (``direct_calls.py``): plain tensors, no gradient.
 DIRECT = types.SimpleNamespace()
 
 

@@ -164,20 +164,24 @@ def rule(op: str, provider: str) -> str:
     return _aiter_rules.rule_in_words(op, LEVELS[provider])
 
 
-def ruled_out(op: str, device_type: str, arguments: dict[str, Any] | None) -> str:
+def ruled_out(op: str, device_type: str, arguments: Callable[[], dict[str, Any] | None]) -> str:
     """Why AITER, which is here and has something for an op, is not given a call by default; "" where it is.
 
-    ``arguments`` without symbols, or None where they are not known: then of the op as a whole. Imports no AITER.
+    ``arguments()`` without symbols, or None where they are not known: then of the op as a whole. Asked where AITER is
+    here alone. Imports no AITER.
     """
     if op not in FUNCTIONS or device_type != "cuda" or not probe_aiter_kernel(FUNCTIONS[op][0]):
         return ""
     served = _aiter_numerics.serves(op)
-    if served or arguments is None:
-        return "" if served else served.why
+    if served:
+        return ""
+    known = arguments()
+    if known is None:
+        return served.why
     from fusionpasses.providers import _aiter_rules, aiter
 
     return _aiter_rules.choose(
-        op, arguments, aiter.target(arguments), level=Level.EXACT, look=lambda function: (None, "")
+        op, known, aiter.target(known), level=Level.EXACT, look=lambda function: (None, "")
     ).verdict.why
 
 
