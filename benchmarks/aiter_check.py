@@ -1,16 +1,16 @@
 """Our AITER adapters on AITER's real Triton kernels, beside our references; no AMD GPU is needed.
 
-``python -m benchmarks.aiter_check --aiter-path DIR [--interpret] [--only GROUP ...] [--json FILE]``. DIR is a checkout
-of ROCm/aiter. The kernels are compiled for the NVIDIA GPU that is here, or with --interpret run by Triton's
-interpreter. Each group of calls has a process of its own, so that one that fails, or hangs, does not take the others
-along.
+``python -m benchmarks.aiter_check --aiter-path DIR [--interpret | --no-contraction] [--only GROUP ...] [--json FILE]``.
+DIR is a checkout of ROCm/aiter. The kernels are compiled for the NVIDIA GPU that is here (with --no-contraction each
+product is rounded by itself, none becomes part of an FMA), or with --interpret run by Triton's interpreter. Each group
+of calls has a process of its own, so that one that fails, or hangs, does not take the others along.
 
 =======  ===============================================================================================================
 cases    calls of our ops
 equal    all bytes are those of the reference
 within   the contract allows other bytes, and these are among them: one float32 number (the reciprocal root mean square,
          the activation, a sum) is not the same bits, and every byte that it does not decide is equal. On NVIDIA also a
-         rotation of which a product was not rounded by itself
+         rotation of which a product was not rounded by itself, but for --no-contraction
 decided  of such a call, the least share of the bytes that had to be equal
 refused  calls that our rules refuse, and whose bytes are other ones by AITER
 failed   anything else
@@ -52,12 +52,12 @@ KERNELS = {
 }
 
 
-def run(checkout: pathlib.Path, group: str, *, interpret: bool, seconds: float) -> dict[str, Any]:
+def run(checkout: pathlib.Path, group: str, options: Sequence[str], seconds: float) -> dict[str, Any]:
     """What came of a group, as a dict of ``aiter_cases.Tally``; of one that did not end, its failure alone."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.aiter_kernels", str(checkout.resolve()), group]
     try:
         done = subprocess.run(
-            command + ["--interpret"] * interpret,
+            command + list(options),
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -82,7 +82,9 @@ def line(group: str, tally: dict[str, Any], seconds: float) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--aiter-path", type=pathlib.Path, required=True, metavar="DIR", help="checkout of ROCm/aiter")
-    parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
+    how.add_argument("--no-contraction", action="store_true", help="no product becomes part of an FMA")
     parser.add_argument("--only", nargs="+", choices=list(KERNELS), metavar="GROUP")
     parser.add_argument("--seconds", type=float, default=120.0, help="for each group (default 120)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
@@ -97,10 +99,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{where}, torch {torch.__version__}")
     counted = "".join(f"{name:>8}" for name in ("cases", "equal", "within", "refused", "failed"))
     print(f"{'kernel':34}{counted}{'decided':>9}{'other':>8}{'s':>6}", flush=True)
+    options = ["--interpret"] * args.interpret + ["--no-contraction"] * args.no_contraction
     found: dict[str, dict[str, Any]] = {}
     for group in args.only or KERNELS:
         start = time.perf_counter()
-        found[group] = run(args.aiter_path, group, interpret=args.interpret, seconds=args.seconds)
+        found[group] = run(args.aiter_path, group, options, args.seconds)
         print(line(group, found[group], time.perf_counter() - start), flush=True)
     for group, tally in found.items():
         for failure in tally["failures"][:2]:

@@ -1,11 +1,14 @@
 """AITER's real Triton kernels under our adapters where there is no AMD GPU: bytes against our references.
 
-``python -m benchmarks.aiter_kernels CHECKOUT GROUP [--interpret]``, in a process of its own, because what it takes to
-import AITER without ROCm is not for another one: stand-ins for the modules of AITER that ask for a compiler and for
-ROCm, and for the architecture. CHECKOUT is a checkout of ROCm/aiter, of which nothing but the kernels is imported.
+``python -m benchmarks.aiter_kernels CHECKOUT GROUP [--interpret | --no-contraction]``, in a process of its own, because
+what it takes to import AITER without ROCm is not for another one: stand-ins for the modules of AITER that ask for a
+compiler and for ROCm, and for the architecture. CHECKOUT is a checkout of ROCm/aiter, of which nothing but the kernels
+is imported.
 
 --interpret runs them in Triton's interpreter, on the CPU, corrected where it computes otherwise than a compiled kernel.
 Without it they are compiled for the NVIDIA GPU that is here. Launch options of AMD's compiler are dropped then.
+--no-contraction has every product rounded by itself there, as AMD's code for these kernels does, and compares rotations
+byte by byte.
 
 Prints a line of JSON: ``aiter_cases.Tally``.
 """
@@ -76,8 +79,11 @@ def stand_in_for_the_package(checkout: pathlib.Path) -> None:
     sys.modules["aiter.utility.dtypes"] = dtypes
 
 
-def stand_in_for_an_amd_gpu() -> None:
-    """On an NVIDIA GPU: AITER believes in gfx950, its functions are no torch ops, and AMD's options are dropped."""
+def stand_in_for_an_amd_gpu(*, contract: bool) -> None:
+    """On an NVIDIA GPU: AITER believes in gfx950, its functions are no torch ops, and AMD's options are dropped.
+
+    Without ``contract`` no product becomes part of an FMA.
+    """
     from triton.runtime import JITFunction
 
     arch_info = importlib.import_module("aiter.ops.triton.utils._triton.arch_info")
@@ -89,6 +95,8 @@ def stand_in_for_an_amd_gpu() -> None:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = {name: value for name, value in kwargs.items() if name not in AMD_OPTIONS or name in self.arg_names}
+        if not contract:
+            known["enable_fp_fusion"] = False
         return plain(self, *args, **known)
 
     JITFunction.run = run
@@ -177,7 +185,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkout", type=pathlib.Path)
     parser.add_argument("group")
-    parser.add_argument("--interpret", action="store_true")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--interpret", action="store_true")
+    where.add_argument("--no-contraction", action="store_true")
     args = parser.parse_args(arguments)
     # Both Triton and AITER look at these when they are imported.
     os.environ.update(AITER_TRITON_ONLY="1", AITER_LOG_LEVEL="ERROR")
@@ -188,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.interpret:
         make_the_interpreter_exact()
     else:
-        stand_in_for_an_amd_gpu()
+        stand_in_for_an_amd_gpu(contract=not args.no_contraction)
 
     from benchmarks import aiter_cases
     from fusionpasses.kernels import arch
@@ -196,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
 
     machine = aiter_cases.Machine("cpu")
     if not args.interpret:
-        machine = aiter_cases.Machine("cuda", lift=256.0, zeros=aiter._keeps_zeros(), rounds=False)
+        machine = aiter_cases.Machine("cuda", lift=256.0, zeros=aiter._keeps_zeros(), rounds=args.no_contraction)
         aiter._keeps_zeros = lambda: True  # type: ignore[assignment]
     _aiter_import.load = loader(args.checkout.resolve())
     # Nothing in this process launches kernels of ours, so all may think that this is the GPU.

@@ -863,7 +863,7 @@ def test_kernels_of_aiter_in_the_interpreter(group):
     if not pathlib.Path(source, "aiter", "ops", "triton").is_dir():
         pytest.skip(f"AITER_SOURCE={source!r} names no checkout of ROCm/aiter")
     pytest.importorskip("triton")
-    tally = aiter_check.run(pathlib.Path(source), group, interpret=True, seconds=600)
+    tally = aiter_check.run(pathlib.Path(source), group, ["--interpret"], 600)
     checked(aiter_cases.Tally(**tally), group)
 
 
