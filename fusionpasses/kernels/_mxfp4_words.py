@@ -68,8 +68,10 @@ def _pairs(word, LAYOUT: tl.constexpr):
     Pair j holds codes j and j + 4 of a word of a checkpoint; 2 * j and 2 * j + 1 of a prepared one.
     """
     if LAYOUT == TILES:
-        last = ((word << 1) & 0x80008000) | ((word >> 5) & 0x01000100) | ((word >> 4) & 0x00C000C0)
-        return word & 0x81C081C0, (word << 3) & 0x81C081C0, (word << 6) & 0x81C081C0, last
+        # Nine instructions; a fourth pair of a single shift has no place in the word beside the others.
+        turned = (word >> 6) | (word << 26)
+        last = ((word << 6) & 0x80C080C0) | ((word >> 2) & 0x01000100)
+        return word & 0x81C081C0, (word << 4) & 0x81C081C0, turned & 0x81C081C0, last
     else:
         return (
             ((word << 12) & 0x80008000) | ((word << 6) & 0x01C001C0),

@@ -45,12 +45,17 @@ _LEAST = -5
 
 
 def _moves() -> list[tuple[int, int, int]]:
-    """Where bits of a word of eight codes go: from, to, how many next to each other."""
-    places = ((15, ((0, 6, 3),)), (12, ((0, 3, 3),)), (9, ((0, 0, 3),)), (14, ((0, 10, 2), (2, 13, 1))))
+    """Where bits of a word of eight codes go: from, to, how many next to each other.
+
+    So that pairs of codes become pairs of bfloat16 by few shifts (``kernels/_mxfp4_words._pairs``): in place, up by 4,
+    down by 6 around the word, and the last pair up by 6 but for a bit that comes down by 2.
+    """
+    # Of each pair: where its sign is, and its magnitude's bits from the least one on. Codes 2 * j + 1 are 16 bits up.
+    places = ((15, ((0, 6, 3),)), (11, ((0, 2, 3),)), (21, ((0, 12, 3),)), (9, ((0, 0, 2), (2, 10, 1))))
     moves = []
     for code in range(8):
         half, (sign, magnitudes) = code % 2 * 16, places[code // 2]
-        moves.append((4 * code + 3, half + sign, 1))
+        moves.append((4 * code + 3, (half + sign) % 32, 1))
         moves += [(4 * code + start, half + to, width) for start, to, width in magnitudes]
     return moves
 
