@@ -40,7 +40,11 @@ def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> t
         (17, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
         (256, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
         (128, 24576, 1536, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (1, 7168, 16384, "tiles", "sm_90", "mxfp4_gemm_wgmma"),  # few and long rows
+        (16, 7168, 18432, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
         (16, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens
+        (16, 8192, 8192, "tiles", "sm_90", "mxfp4_gemm"),
+        (16, 4096, 8192, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens of a weight that is not large
         (32, 2112, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # too few steps
         (32, 18432, 7168, "linear", "sm_90", "mxfp4_gemm"),  # not prepared
         (32, 18432, 7168, "tiles", "sm_100", "mxfp4_gemm"),  # no wgmma after Hopper
@@ -57,7 +61,7 @@ def test_it_is_chosen_where_it_is_faster(
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 100, 128, 200, 256])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64, 65, 100, 128, 200, 256])
 def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     from fusionpasses.kernels import _warpgroup, mxfp4_gemm_wgmma
 
@@ -101,6 +105,8 @@ class Warpgroups:
             "arrived",
             "copy_tile",
             "read_tile",
+            "afresh",
+            "raised",
             "barrier",
             "multiply",
             "finish",
@@ -119,30 +125,36 @@ class Warpgroups:
         def atomic(builder: Any, op: Any, pointer: Any, value: Any, mask: Any, order: Any, scope: Any) -> Any:
             before = change(builder, op, pointer, value, mask, order, scope)
             program = (int(pointer.data.reshape(-1)[0]) - self.flags.data_ptr()) // 4
-            if value.data.any():
-                assert order == MEM_SEMANTIC.RELEASE
-                assert not self.written, "a flag before what it stands for"
-                self.left[program] = self.partial[program].clone()
-                self.partial[program] = torch.nan
-            else:
-                assert order == MEM_SEMANTIC.ACQUIRE
-                assert before.data.all(), "waits for a program that has not been started"
-                self.acquired.append(program)
+            assert value.data.all()
+            assert order == MEM_SEMANTIC.RELEASE
+            assert not self.written, "a flag before what it stands for"
+            self.left[program] = self.partial[program].clone()
+            self.partial[program] = torch.nan
             return before
 
         def masked_store(builder: Any, *args: Any) -> Any:
             self.written = True
             return store(builder, *args)
 
-        def barrier(builder: Any) -> None:
-            self.written = False
-            for program in self.acquired:
-                self.partial[program] = self.left[program]
-            self.acquired = []
-
         InterpreterBuilder.create_atomic_rmw = atomic
         InterpreterBuilder.create_masked_store = masked_store
-        InterpreterBuilder.create_barrier = barrier
+        InterpreterBuilder.create_barrier = lambda builder: self._meet()
+
+    def _meet(self) -> None:
+        """All threads of a program, which see then what one of them has acquired."""
+        self.written = False
+        for program in self.acquired:
+            self.partial[program] = self.left[program]
+        self.acquired = []
+
+    def afresh(self, thread: Any) -> Any:
+        return thread
+
+    def raised(self, wanted: Any, address: Any) -> None:
+        for at in address.handle.data[wanted.handle.data != 0]:
+            program = (int(at) - self.flags.data_ptr()) // 4
+            assert int(self.flags[program]) == 1, "waits for a program that has not been started"
+            self.acquired.append(program)
 
     def space(self, thread: Any, size: Any) -> None:
         import numpy as np
@@ -168,6 +180,7 @@ class Warpgroups:
         self.new = {_int(at) + 8 * i: 0 for i in range(_int(count))}
 
     def barrier(self, thread: Any) -> None:
+        self._meet()
         self.phases |= self.new
         self.new = {}
         self.read = []

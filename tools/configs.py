@@ -413,8 +413,10 @@ def every_gemm() -> list[GemmConfig]:
         for rows, n in weights[::3]:
             configs.append(GemmConfig(target, "many tokens", 300, rows, n, layout))
     configs += _other_tiles(configs)
-    # 32 and 64 tokens fill tiles; 33 columns of K and 63560 rows do not.
-    for i, (tokens, (rows, n)) in enumerate(itertools.product((17, 32, 64, 130), ((18432, 7168), (63560, 1056)))):
+    # 32 and 64 tokens fill tiles; 33 and 257 blocks of K, 63560 and 8200 rows do not. Few tokens: of few and long rows.
+    sizes = list(itertools.product((17, 32, 64, 130), ((18432, 7168), (63560, 1056))))
+    sizes += itertools.product((1, 16), ((7168, 16384), (8200, 8224)))
+    for i, (tokens, (rows, n)) in enumerate(sizes):
         configs.append(GemmConfig("sm_90", "some tokens", tokens, rows, n, "tiles", codes=i % 4 == 3, bias=i % 3 == 0))
         configs.append(GemmConfig("sm_90", "tokens interleaved", tokens, rows, n, "tiles", codes=i % 4 != 1))
     return configs

@@ -176,6 +176,22 @@ def read_tile(thread, AT: tl.constexpr, THREADS: tl.constexpr, LEFT: tl.constexp
 
 
 @triton.jit
+def afresh(thread):
+    """The same number. Compilers do not know that, so what follows from it takes no registers before."""
+    return _asm("mov.u32 $0, $1;", "=r,r", [thread])
+
+
+@triton.jit
+def raised(wanted, address):
+    """Each thread where ``wanted`` is not 0 waits until the int32 at its address is not 0, and acquires it."""
+    text: tl.constexpr = (
+        "{ .reg .pred p, q; .reg .b32 v; setp.ne.u32 q, $1, 0; again: mov.b32 v, 1; "
+        "@q ld.acquire.gpu.global.u32 v, [$2]; setp.eq.u32 p, v, 0; @p bra again; mov.u32 $0, $1; }"
+    )
+    _asm(text, "=r,r,l", [wanted, address])
+
+
+@triton.jit
 def barrier(thread):
     """Of all warps."""
     _asm("bar.sync 0; mov.u32 $0, $1;", "=r,r", [thread])

@@ -29,7 +29,9 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
     """
     if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout):
         options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)
-        return Choice("mxfp4_gemm_wgmma", options, f"more tokens, a large prepared weight, and {arch.name}")
+        return Choice(
+            "mxfp4_gemm_wgmma", options, f"a large prepared weight, some tokens or few long rows, and {arch.name}"
+        )
     if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
         decodes = w4a4 and mxfp4_gemm.decodes_tokens(tokens, rows, width)
         options = mxfp4_gemm.launch_options(tokens, rows, width, arch, layout, decodes=decodes)

@@ -101,7 +101,9 @@ def launch_options(
         groups = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles))
         most_split = 1 if groups >= 2 * arch.processors else max(1, min(_MOST_SPLIT, columns // k_warps))
         for split in range(1, most_split + 1):
-            cost = _cost(tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors, decodes)
+            cost = _cost(
+                tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors, decodes, linear
+            )
             if least is None or cost < least[0]:
                 least = cost, row_tiles, k_warps, stages, split
     _, row_tiles, k_warps, stages, split = least
@@ -127,6 +129,7 @@ def _cost(
     split: int,
     processors: int,
     decodes: bool,
+    linear: bool,
 ) -> float:
     """Microseconds on an H200, but for what all choices have in common.
 
@@ -146,7 +149,7 @@ def _cost(
         left -= at_once
     if split > 1:
         # A launch, and sums that are written and read.
-        cost += 0.3 + split * ((0.1 if token_tiles == 1 else 0.4) + 2e-6 * tokens * rows)
+        cost += 0.3 + split * ((0.1 if token_tiles == 1 or linear else 0.4) + 2e-6 * tokens * rows)
     return cost
 
 

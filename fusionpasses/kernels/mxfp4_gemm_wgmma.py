@@ -38,11 +38,14 @@ _COLUMN = 128  # elements of K
 def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str) -> bool:
     """Is it ``mxfp4_gemm_wgmma`` that runs?
 
-    With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it. Every 64 tokens take about
-    as long as the first 64, so many more are better multiplied by ``mxfp4_dequantize`` and torch.
+    With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it; but where rows are few and
+    long, its programs are no equal shares of the processors. Every 64 tokens take about as long as the first 64, so
+    many more are better multiplied by ``mxfp4_dequantize`` and torch.
     """
-    most = 256 if rows * width >= mxfp4_gemm.LARGE else 128 if rows * width >= _ENOUGH else 0
-    return arch.name == "sm_90" and layout == "tiles" and 16 < tokens <= most
+    large = rows * width >= mxfp4_gemm.LARGE
+    least = 1 if large and rows < width else 17
+    most = 256 if large else 128 if rows * width >= _ENOUGH else 0
+    return arch.name == "sm_90" and layout == "tiles" and least <= tokens <= most
 
 
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
@@ -274,29 +277,35 @@ def mxfp4_gemm_wgmma(
                     next_tile, 0, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS
                 )
         sums = _warpgroup.finish(sums, TOKEN_TILES)
+        late = _warpgroup.afresh(thread)
 
         if start > 0:
-            mine = partial_ptr + p.to(tl.int64) * (SUMS * THREADS) + thread
+            mine = partial_ptr + p.to(tl.int64) * (SUMS * THREADS) + late
             for i in tl.static_range(SUMS):
                 tl.store(mine + i * THREADS, sums[i])
             tl.debug_barrier()
             tl.atomic_xchg(flags_ptr + p, 1, sem="release")
         else:
-            other = p + 1
+            # Programs up to ``last`` have the rest of the tile. All flags are awaited at once, each by a thread.
+            last = p + 1
             covered = end
             while covered < (tile + 1) * UNITS:
-                while tl.atomic_add(flags_ptr + other, 0, sem="acquire") == 0:
-                    pass
-                tl.debug_barrier()
-                theirs = partial_ptr + other.to(tl.int64) * (SUMS * THREADS) + thread
+                last += 1
+                covered = _first_step(last, steps, programs)
+            for first in tl.range(p + 1, last, THREADS):
+                other = first + late
+                address = flags_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + other * 4
+                _warpgroup.raised((other < last).to(tl.int32), address)
+            _warpgroup.barrier(thread)
+            theirs = partial_ptr + (p + 1).to(tl.int64) * (SUMS * THREADS) + late
+            for _other in tl.range(p + 1, last):
                 new = ()
                 for i in tl.static_range(SUMS):
                     new = new + (sums[i] + tl.load(theirs + i * THREADS, cache_modifier=".cg"),)
                 sums = new
-                other += 1
-                covered = _first_step(other, steps, programs)
-            row = (tile // groups * ROWS + warp) * 16 + lane // 4
-            token = tile % groups * (TOKEN_TILES * 8) + lane % 4 * 2
+                theirs += SUMS * THREADS
+            row = (tile // groups * ROWS + late // 32) * 16 + late % 32 // 4
+            token = tile % groups * (TOKEN_TILES * 8) + late % 4 * 2
             for n in tl.static_range(TOKEN_TILES):
                 part = sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]
                 mxfp4_gemm.store_tile(part, 0, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
