@@ -126,21 +126,25 @@ def bare_launch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
 
 def compiled_calls(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Call]:
     """Compiled graphs of CALLS calls, and of twice as many."""
-    overload = OPS[name].overload
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    rest = args[len(tensors) :]
     torch._dynamo.reset()
-    small, large = (_compiled(overload, count, tensors, rest, kwargs) for count in (CALLS, 2 * CALLS))
+    small, large = (_compiled(name, count, args, kwargs | {"provider": "triton"}) for count in (CALLS, 2 * CALLS))
     return lambda: small(*tensors), lambda: large(*tensors)
 
 
-def _compiled(overload: Any, count: int, tensors: list[torch.Tensor], rest: Any, kwargs: dict[str, Any]) -> Any:
-    def graph(*tensors: torch.Tensor) -> list[Any]:
-        outputs = [overload(*tensors, *rest, provider="triton", **kwargs) for _ in range(count)]
+def _compiled(name: str, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    overload = OPS[name].overload
+    tensors = {at: value for at, value in enumerate(args) if isinstance(value, torch.Tensor)}
+    number = {at: i for i, at in enumerate(tensors)}
+    rest = [None if at in number else value for at, value in enumerate(args)]
+
+    def graph(*given: torch.Tensor) -> list[Any]:
+        every = [given[number[at]] if at in number else value for at, value in enumerate(rest)]
+        outputs = [overload(*every, **kwargs) for _ in range(count)]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     compiled = torch.compile(graph, fullgraph=True, backend=fusion_backend(passes=()))
-    _, sources = run_and_get_code(compiled, *tensors)
+    _, sources = run_and_get_code(compiled, *tensors.values())
     called = sum(len(re.findall(rf"\b{re.escape(str(overload))}\(", source)) for source in sources)
     if called != count:
         raise RuntimeError(f"{overload}: the compiled graph has {called} calls, not {count}")

@@ -435,6 +435,19 @@ def test_the_benchmark_has_arguments_for_every_op(name: str) -> None:
     OPS[name].check(*args, **kwargs)
 
 
+@pytest.mark.parametrize("name", ["rmsnorm_mxfp4_quant.with_second", "mxfp4_gemm_a16w4.default"])
+def test_the_benchmark_compiles_calls_whose_tensors_are_in_any_place(name: str) -> None:
+    from benchmarks import host_cost
+
+    with torch.no_grad():
+        args, kwargs = host_cost.arguments(name, torch.randn(4, 128).bfloat16(), torch.randn(128).bfloat16())
+        compiled = host_cost._compiled(name, 2, args, kwargs | {"provider": "reference"})
+        got = compiled(*[value for value in args if isinstance(value, torch.Tensor)])
+        want = OPS[name].reference(*args, **kwargs)
+    first = want[0] if isinstance(want, tuple) else want
+    assert [torch.equal(one, first) for one in got] == [True, True]
+
+
 def test_bad_input_is_refused_after_good_input_of_the_same_shape(recorder: Recorder) -> None:
     (x, residual, weight, eps), kwargs = Call().arguments()
     op = ours.rmsnorm_add_mxfp4_quant
