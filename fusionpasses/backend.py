@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusionpasses import records
+from fusionpasses import providers, records
 from fusionpasses.anchors import Anchor, registered_anchors
 from fusionpasses.config import FusionConfig, did_you_mean, resolve_inductor_options
 from fusionpasses.dump import DumpFolder
@@ -239,7 +239,8 @@ def fusion_backend(
     Raises:
         BadConfig: a setting that does not exist. When compiling: an unknown mode or option, or one that would keep
             the passes from running (``mode="lite"``).
-        ProviderUnavailable: when compiling, if ``provider`` was named and cannot serve a fused op.
+        ProviderUnavailable: ``provider`` was named and can run no op on this machine's GPUs; when compiling, it cannot
+            run a fused op on the device that the model is on.
     """
     if called_by_dynamo:
         raise BadConfig(
@@ -252,7 +253,9 @@ def fusion_backend(
             f"fusion_backend: got {name}=, allowed 'provider' and 'passes'"
             f"{did_you_mean(name, ('provider', 'passes'))}; mode and options go to torch.compile"
         )
-    return FusionBackend(FusionConfig(provider, passes), registered_anchors())
+    config = FusionConfig(provider, passes)
+    providers.require(provider)
+    return FusionBackend(config, registered_anchors())
 
 
 @functools.cache

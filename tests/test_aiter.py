@@ -789,10 +789,25 @@ def test_a_failed_import_is_said_and_the_next_provider_taken(installed, monkeypa
         providers.select(ROPE, "cuda", "aiter")
 
 
-def test_a_backend_that_asks_for_aiter_raises_with_the_reason():
-    model = fp.quantize_mxfp4(torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64)))
-    with torch.no_grad(), pytest.raises(Exception, match=r"provider 'aiter' was asked for rmsnorm_mxfp4_quant"):
-        torch.compile(model, backend=fp.fusion_backend(provider="aiter"))(torch.randn(4, 64))
+@pytest.mark.parametrize("name", ["aiter", "aiter_finite", "aiter_fast"])
+def test_a_backend_that_asks_for_aiter_raises_with_the_reason(name):
+    with pytest.raises(
+        ProviderUnavailable, match=rf"provider '{name}' was asked for and can run no op here: "
+    ) as raised:
+        fp.fusion_backend(provider=name)
+    for missing in ("is not built for ROCm", "AITER is not installed", "use provider='auto'"):
+        assert missing in str(raised.value)
+    assert str(raised.value).count("is not built for ROCm") == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "reference"])
+def test_a_backend_that_asks_for_what_is_here_raises_nothing(name):
+    fp.fusion_backend(provider=name)
+
+
+def test_a_backend_that_asks_for_aiter_where_it_is_raises_nothing(installed):
+    for name in ("aiter", "aiter_finite", "aiter_fast"):
+        fp.fusion_backend(provider=name)
 
 
 # What AITER itself says.

@@ -54,6 +54,7 @@ ALLOWED = {
         "dynamo_floats",
         "errors",
         "pipeline",
+        "providers",
         "records",
         "report",
     },

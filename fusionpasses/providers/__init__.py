@@ -104,6 +104,25 @@ def usable(provider: str, op: str, device_type: str) -> Verdict:
     return answer if loaded else loaded
 
 
+def require(requested: str) -> None:
+    """Nothing, if a provider that was named can run an op on a GPU of this machine. Imports nothing.
+
+    Raises:
+        ProviderUnavailable: it can run none, so that whatever is compiled would not have it.
+    """
+    if requested == "auto" or requested not in (*PREFERENCE, *BY_NAME):
+        return
+    answers = {op: verdict(requested, op, "cuda") for op in sorted(_IMPLEMENTS["triton"])}
+    if any(answers.values()):
+        return
+    if is_rule(requested):  # why an op is none that AITER runs anywhere says nothing about this machine
+        answers = {op: why for op, why in answers.items() if _aiter_numerics.serves(op, level=LEVELS[requested])}
+    reasons = dict.fromkeys(_all_of_it(requested, op, answer.why) for op, answer in answers.items())
+    raise ProviderUnavailable(
+        f"provider {requested!r} was asked for and can run no op here: {'; '.join(reasons)}; use provider='auto'"
+    )
+
+
 @functools.cache
 def select(op: str, device_type: str, requested: str = "auto") -> str:
     """Name of the provider that runs ``op`` on this device type.
