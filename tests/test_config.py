@@ -78,7 +78,8 @@ def test_good_settings_are_kept_in_one_form():
         assert hash(config) == hash(fp.FusionConfig(passes=(name,)))
     assert fp.FusionConfig(passes=[]).passes == ()
     for provider in ("auto", "aiter", "aiter_finite", "aiter_fast", "triton", "reference"):
-        assert fp.fusion_backend(provider=provider).config.provider == provider
+        assert fp.FusionConfig(provider=provider).provider == provider
+    assert fp.fusion_backend(provider="reference").config == fp.FusionConfig("reference")
 
 
 def test_a_config_cannot_be_changed():

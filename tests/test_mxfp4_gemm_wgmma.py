@@ -534,12 +534,17 @@ def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part:
         _check(outs[0], values, w, bias, seed)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=gpu) for tokens in (17, 64, 128)])
-def test_gpu_ops_multiply_so(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width"),
+    [
+        pytest.param(*sizes, marks=gpu)
+        for sizes in ((17, 4096, 8192), (64, 4096, 8192), (128, 4096, 8192), (2, 8192, 8224), (16, 8192, 8224))
+    ],
+)
+def test_gpu_ops_multiply_so(tokens: int, rows: int, width: int) -> None:
     from fusionpasses.kernels import arch
     from fusionpasses.kernels.gemm_choice import choose
 
-    rows, width = 4096, 8192
     assert choose(tokens, rows, width, arch.of(torch.device("cuda")), layout="tiles").kernel == "mxfp4_gemm_wgmma"
     codes, scales = weight(rows, width, 118, 126, "cuda")
     w = _mxfp4.dequantize(codes, scales)

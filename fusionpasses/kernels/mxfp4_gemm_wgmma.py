@@ -1,4 +1,4 @@
-"""Product of 17 to 256 tokens with a large prepared MXFP4 weight, by Hopper's asynchronous tensor cores.
+"""Product of up to 256 tokens with a large prepared MXFP4 weight, by Hopper's asynchronous tensor cores.
 
 The weight is decoded to registers, as in ``mxfp4_gemm`` and from the same layout TILES, and is the left operand of
 ``wgmma``: four warps have 64 rows. x comes from shared memory. ``mxfp4_gemm_interleave`` has put it in the order in
@@ -286,7 +286,7 @@ def mxfp4_gemm_wgmma(
             tl.debug_barrier()
             tl.atomic_xchg(flags_ptr + p, 1, sem="release")
         else:
-            # Programs up to ``last`` have the rest of the tile. All flags are awaited at once, each by a thread.
+            # The programs before ``last`` have the rest of the tile. All flags are awaited at once, each by a thread.
             last = p + 1
             covered = end
             while covered < (tile + 1) * UNITS:
