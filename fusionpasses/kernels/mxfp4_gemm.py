@@ -29,6 +29,8 @@ the load off to where it is used. Sums are added in a fixed order: a result has 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -41,24 +43,38 @@ from fusionpasses.kernels.arch import Arch
 #: A weight of so many codes and more is large: it is not in the L2 cache when it is read a second time.
 LARGE = 2**26
 
-#: Row tiles, warps and stages for 8, 16 and 32 tokens. Up to 24 of each were measured, with up to 8 parts of K, on an
-#: H200 for 13 weights between 576 x 7168 and 36864 x 7168; these are few of which one is good for each weight.
-_CHOICES = {
-    1: ((1, 8, 4), (3, 8, 3), (4, 8, 4), (6, 8, 4)),
-    2: ((3, 4, 3), (4, 8, 4), (5, 8, 3), (6, 4, 3)),
-    4: ((3, 4, 4), (4, 4, 8), (4, 8, 4)),
+
+class _Tiles(NamedTuple):
+    """Tiles that are good for some weight each, and their costs in ``_cost``, in microseconds."""
+
+    choices: tuple[tuple[int, int, int], ...]  #: row tiles, warps at most, stages
+    of_x: float  #: of eight tokens of a column of 128, for a row tile
+    alone: float  #: how much longer warps that are too few take: to the power of this
+    part: float  #: of a part of K, besides its sums
+    parts: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)  #: into which K may be cut
+
+
+#: For 8, 16 and 32 tokens. Up to 24 choices of each were measured, with up to 8 parts of K, on an H200 for 13 weights
+#: between 576 x 7168 and 36864 x 7168; for 16 tokens six once more, for 8 of the weights.
+_TILES = {
+    1: _Tiles(((1, 8, 4), (3, 8, 3), (4, 8, 4), (6, 8, 4)), 0.012, 0.5, 0.1),
+    2: _Tiles(((2, 8, 3), (3, 4, 3), (5, 8, 3), (5, 4, 3)), 0.008, 0.4, 0.1, (1, 2, 4, 8)),
+    4: _Tiles(((3, 4, 4), (4, 4, 8), (4, 8, 4)), 0.012, 0.5, 0.4),
 }
-#: The same where x is decoded, for 8 tokens: more rows share what that costs.
-_CHOICES_OF_CODES = ((1, 8, 4), (3, 4, 3), (4, 8, 3), (5, 8, 3), (6, 8, 3))
+#: Where programs decode x: ``of_x``, and for 8 and 16 tokens; more rows share what it costs.
+_OF_CODES = 0.042
+_TILES_OF_CODES = {
+    1: _Tiles(((1, 8, 4), (3, 4, 3), (4, 8, 3), (5, 8, 3), (6, 8, 3)), _OF_CODES, 0.5, 0.1),
+    2: _Tiles(((3, 4, 3), (4, 8, 4), (5, 8, 3), (6, 4, 3)), _OF_CODES, 0.5, 0.4),
+}
 #: The same for LINEAR, of which nothing is on its way: a scale byte is too little to be copied to shared memory.
-_CHOICES_OF_LINEAR = {
-    1: ((1, 4, 0),),
-    2: ((2, 8, 0), (3, 4, 0), (4, 8, 0)),
-    4: ((3, 4, 0), (4, 8, 0)),
+_TILES_OF_LINEAR = {
+    1: _Tiles(((1, 4, 0),), 0.012, 0.5, 0.1),
+    2: _Tiles(((2, 8, 0), (3, 4, 0), (4, 8, 0)), 0.012, 0.5, 0.1),
+    4: _Tiles(((3, 4, 0), (4, 8, 0)), 0.012, 0.5, 0.1),
 }
 #: Warps of a multiprocessor that registers suffice for, and how many keep it busy.
 _WARPS = {1: (28, 12), 2: (16, 14), 4: (12, 8)}
-_MOST_SPLIT = 8
 
 
 def for_few_tokens(tokens: int, rows: int, width: int, arch: Arch) -> bool:
@@ -87,23 +103,24 @@ def launch_options(
 
     ``decodes``: every program decodes x.
     """
-    linear = layout == "linear"
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    choices = _CHOICES_OF_LINEAR[token_tiles] if linear else _CHOICES[token_tiles]
-    if decodes and token_tiles == 1 and not linear:
-        choices = _CHOICES_OF_CODES
+    if layout == "linear":
+        tiles = _TILES_OF_LINEAR[token_tiles]
+        tiles = tiles._replace(of_x=_OF_CODES) if decodes else tiles
+    else:
+        tiles = (_TILES_OF_CODES if decodes else _TILES)[token_tiles]
     columns = -(-width // 128)
     least = None
-    for row_tiles, most_warps, stages in choices:
+    for row_tiles, most_warps, stages in tiles.choices:
         if row_tiles == 6 and columns <= 16:
             stages = 3  # 24576 x 1536 takes 10.3 us, and 13.8 with four; a long K takes the same, but three spill
         k_warps = min(most_warps, triton.next_power_of_2(columns))
         groups = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles))
-        most_split = 1 if groups >= 2 * arch.processors else max(1, min(_MOST_SPLIT, columns // k_warps))
-        for split in range(1, most_split + 1):
-            cost = _cost(
-                tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors, decodes, linear
-            )
+        most_parts = 1 if groups >= 2 * arch.processors else max(1, columns // k_warps)
+        for split in tiles.parts:
+            if split > most_parts:
+                break
+            cost = _cost(tiles, tokens, rows, columns, row_tiles, token_tiles, k_warps, split, arch.processors)
             if least is None or cost < least[0]:
                 least = cost, row_tiles, k_warps, stages, split
     _, row_tiles, k_warps, stages, split = least
@@ -120,6 +137,7 @@ def launch_options(
 
 
 def _cost(
+    tiles: _Tiles,
     tokens: int,
     rows: int,
     columns: int,
@@ -128,28 +146,25 @@ def _cost(
     k_warps: int,
     split: int,
     processors: int,
-    decodes: bool,
-    linear: bool,
 ) -> float:
     """Microseconds on an H200, but for what all choices have in common.
 
     What it chooses took 1 % longer than the best that was measured, at most 11 %; with layout LINEAR 6 %, at most 20 %.
     """
     programs = -(-tokens // (8 * token_tiles)) * -(-rows // (16 * row_tiles)) * split
-    tiles = row_tiles * -(-columns // (k_warps * split)) * k_warps
-    of_x = (0.042 if decodes else 0.012) * token_tiles / row_tiles
-    tile = 0.035 * (0.9 + 0.1 * token_tiles) + of_x
+    of_program = row_tiles * -(-columns // (k_warps * split)) * k_warps
+    tile = 0.035 * (0.9 + 0.1 * token_tiles) + tiles.of_x * token_tiles / row_tiles
     most_warps, enough_warps = _WARPS[token_tiles]
     left = -(-programs // processors)  # of the multiprocessor that has most
     cost = 0.0
     while left > 0:
         at_once = min(left, max(1, most_warps // k_warps))
-        too_few = max(1.0, enough_warps / (at_once * k_warps)) ** 0.5
-        cost += at_once * (tiles * tile * too_few + 0.02 * k_warps)
+        too_few = max(1.0, enough_warps / (at_once * k_warps)) ** tiles.alone
+        cost += at_once * (of_program * tile * too_few + 0.02 * k_warps)
         left -= at_once
     if split > 1:
         # A launch, and sums that are written and read.
-        cost += 0.3 + split * ((0.1 if token_tiles == 1 or linear else 0.4) + 2e-6 * tokens * rows)
+        cost += 0.3 + split * (tiles.part + 2e-6 * tokens * rows)
     return cost
 
 

@@ -29,8 +29,9 @@ from fusionpasses.kernels.arch import Arch
 
 #: Tokens of a tile, at most: there is no room in shared memory for more.
 MOST_TOKENS = 64
-#: A weight of so many codes and more has enough steps for all programs.
+#: A weight of so many codes and more has enough steps for all programs; of so many, also with 16 tokens and less.
 _ENOUGH = 2**25
+_PLENTY = 2**27
 _ROWS = 64  # of a warpgroup
 _COLUMN = 128  # elements of K
 
@@ -39,11 +40,12 @@ def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str)
     """Is it ``mxfp4_gemm_wgmma`` that runs?
 
     With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it; but where rows are few and
-    long, its programs are no equal shares of the processors. Every 64 tokens take about as long as the first 64, so
-    many more are better multiplied by ``mxfp4_dequantize`` and torch.
+    long, its programs are no equal shares of the processors. With 9 to 16 tokens it falls behind where there is most to
+    do: 36864 x 7168 takes it 50.5 us and wgmma 47.3, 18432 x 7168 takes both 28.3, on an H200. Every 64 tokens take
+    about as long as the first 64, so many more are better multiplied by ``mxfp4_dequantize`` and torch.
     """
     large = rows * width >= mxfp4_gemm.LARGE
-    least = 1 if large and rows < width else 17
+    least = 1 if large and rows < width else 9 if rows * width >= _PLENTY else 17
     most = 256 if large else 128 if rows * width >= _ENOUGH else 0
     return arch.name == "sm_90" and layout == "tiles" and least <= tokens <= most
 
