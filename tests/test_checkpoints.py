@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import weakref
 
@@ -1115,9 +1116,42 @@ def test_existing_checkpoints_are_kept_unless_told_otherwise(tmp_path):
     with pytest.raises(OSError, match="no space"):
         fp.save_checkpoint(fails(), path, format="quark", overwrite=True)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*"))
     fp.save_checkpoint(tensors, path, format="quark", overwrite=True)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    assert not list(tmp_path.glob(".*"))
+    assert list(fp.open_checkpoint(path)) == ["a.weight"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, monkeypatch, sharded):
+    path = tmp_path / "model"
+    old = {f"{name}.weight": Mxfp4Weight(codes(4, 16), scales(4, 1)) for name in "ab"}
+    fp.save_checkpoint(old, path, format="quark", max_shard_bytes=40 if sharded else 10**9)
+    (path / "tokenizer.json").write_text("{}")
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    assert ("model.safetensors" in before) is not sharded
+    rename, left = pathlib.Path.rename, [0]
+
+    def fails(self, target):
+        if pathlib.Path(target).parent in (path, tmp_path / f".model.{os.getpid()}.old"):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails)
+    # Each rename in turn is the one that fails: first those of the old files, then those of the new.
+    for stop in range(1, 2 * len(before)):
+        left[0] = stop
+        try:
+            fp.save_checkpoint(TENSORS, path, format="quark", overwrite=True)
+        except OSError:
+            assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+            assert [p.name for p in tmp_path.iterdir()] == ["model"]
+        else:
+            break
+    assert stop == len(before) - 1 + 2 + 1  # old files but the tokenizer's, the new model and config; then none fails
     assert list(fp.open_checkpoint(path)) == ["a.weight"]
 
 

@@ -52,7 +52,8 @@ def save_checkpoint(
         scale_mode: for those inputs. None: as the source does, or "even".
         config: the other entries of config.json. None: those of the source.
         max_shard_bytes: a larger checkpoint is split; a larger tensor has a file of its own.
-        overwrite: replace the checkpoint that is in ``path``, file by file; other files there are kept.
+        overwrite: replace the checkpoint that is in ``path``; other files there are kept. While its files are replaced,
+            both checkpoints are beside each other, so that a process that is killed then loses neither.
 
     Raises:
         UnsupportedInput: an argument, or a tensor, that the format does not have.
@@ -88,18 +89,33 @@ def save_checkpoint(
 
 
 def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """All files of the old checkpoint go aside before the first new one comes; after an error they are back."""
     if not path.exists():
         temporary.rename(path)
         return
-    stale = {files.SINGLE, files.INDEX}
+    new = [file.name for file in temporary.iterdir()]
+    old = {files.SINGLE, files.INDEX, *new}
     if (path / files.INDEX).exists():
-        stale |= set(files.read_json(path / files.INDEX).get("weight_map", {}).values())
-    new = sorted(file.name for file in temporary.iterdir())
-    for name in stale - set(new):
-        if pathlib.PurePath(name).name == name:  # never outside of the folder
-            (path / name).unlink(missing_ok=True)
-    for name in new:
-        (temporary / name).replace(path / name)
+        old |= set(files.read_json(path / files.INDEX).get("weight_map", {}).values())
+    # Never outside of the folder. A link is there, whatever it leads to.
+    old = {name for name in old if pathlib.PurePath(name).name == name and os.path.lexists(path / name)}
+    aside = temporary.with_suffix(".old")
+    aside.mkdir()
+    placed = []
+    try:
+        for name in old:
+            (path / name).rename(aside / name)
+        for name in new:
+            (temporary / name).rename(path / name)
+            placed.append(name)
+    except BaseException:
+        for name in placed:
+            (path / name).unlink()
+        for file in aside.iterdir():
+            file.rename(path / file.name)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def _settings_of(source: object, spelling: formats.Format) -> tuple[str, str, dict[str, Any]]:
