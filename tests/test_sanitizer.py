@@ -6,41 +6,92 @@ of one is an access to nothing.
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from fusionpasses.ops import OPS
+from fusionpasses.kernels import gemm_choice
+from fusionpasses.kernels.arch import Arch
+from fusionpasses.ops import OPS, _mxfp4, _mxfp4_weight
 from fusionpasses.probes import probe_triton
+from fusionpasses.providers.triton import ADAPTERS
 
 #: Less than a row's tile; a tile and a masked rest; more rows than programs that stay; rows in several chunks.
 SHAPES = ((3, 32), (3, 96), (2, 2880), (1700, 512), (2, 20000))
+#: Tokens; rows, width and layout of a weight, none of which is a whole number of tiles, for each kernel of Hopper's.
+TOKENS = (3, 20, 100)
+WEIGHTS = ((40, 160, "linear"), (40, 160, "tiles"), (4100, 8224, "tiles"))
 
 _SANITIZER = shutil.which(
     "compute-sanitizer", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
 )
 
 
-def make_calls() -> None:
-    from fusionpasses.providers.triton import ADAPTERS
+def calls(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """Calls of all ops that Triton runs."""
+    for name in ADAPTERS:
+        arguments = [argument.name for argument in OPS[name].overload._schema.arguments]
+        if "mla" in name or "x2" in arguments:
+            for args, kwargs in OPS[name].samples(device):
+                yield name, args, kwargs
+        elif "w_codes" in arguments:
+            yield from _products(name, device)
+        else:
+            for rows, n in SHAPES:
+                given: dict[str, Any] = {
+                    **{x: torch.randn(rows, n, device=device).bfloat16() for x in ("x", "residual", "gate", "up")},
+                    "weight": torch.randn(n, device=device).bfloat16(),
+                    "eps": 1e-6,
+                    "cast_order": "cast_mul" if "gate" in arguments else "cast_scale",
+                }
+                yield name, (), {argument: given[argument] for argument in arguments if argument in given}
 
-    for name, adapter in ADAPTERS.items():
-        if "mla" in name or name.endswith(".with_second"):
-            for args, kwargs in OPS[name].samples(torch.device("cuda")):
-                adapter(*args, **kwargs)
-            continue
-        for rows, n in SHAPES:
-            tensors = [torch.randn(rows, n, device="cuda").bfloat16() for _ in range(1 + ("add" in name))]
-            if OPS[name].overload._schema.arguments[1].name == "scale_mode":
-                adapter(*tensors)
+
+def _products(name: str, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    for rows, width, layout in WEIGHTS:
+        weight: tuple[Any, ...] = _mxfp4.quantize(torch.randn(rows, width, device=device), "even")
+        keywords: dict[str, Any] = {}
+        if layout == "tiles":
+            *weight, shift = _mxfp4_weight.prepare(*weight)
+            keywords = {"layout": layout, "rows": rows, "shift": shift}
+        for tokens in TOKENS:
+            x = torch.randn(tokens, width, device=device).bfloat16()
+            if name.startswith("mxfp4_gemm."):
+                yield name, (*_mxfp4.quantize(x, "even"), *weight), {"out_dtype": torch.bfloat16, **keywords}
             else:
-                adapter(*tensors, torch.randn(n, device="cuda").bfloat16(), 1e-6, cast_order="cast_scale")
+                yield name, (x, *weight), keywords
+
+
+def make_calls() -> None:
+    for name, args, kwargs in calls(torch.device("cuda")):
+        ADAPTERS[name](*args, **kwargs)
     torch.cuda.synchronize()
+
+
+def test_the_calls_are_calls_of_the_ops() -> None:
+    made = set()
+    for name, args, kwargs in calls(torch.device("cpu")):
+        OPS[name].check(*args, **kwargs)
+        inspect.signature(ADAPTERS[name]).bind(*args, **kwargs)
+        made.add(name)
+    assert made == set(ADAPTERS)
+
+
+def test_products_are_by_each_kernel_of_hopper() -> None:
+    chosen = {
+        gemm_choice.choose(tokens, rows, width, Arch("sm_90", 32, 132), layout=layout).kernel
+        for rows, width, layout in WEIGHTS
+        for tokens in TOKENS
+    }
+    assert chosen == {"mxfp4_gemm", "mxfp4_gemm_wgmma", "mxfp4_dequantize"}
 
 
 @pytest.mark.gpu
