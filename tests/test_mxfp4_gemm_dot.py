@@ -36,13 +36,14 @@ def multiply(
 ) -> Tensor:
     """One call of ``multiply`` with these tiles, mode and parts."""
     from fusionpasses.kernels import arch, mxfp4_gemm_dot
+    from fusionpasses.providers._product import Product
     from fusionpasses.providers._triton_gemm_dot import multiply
 
     tokens, (n, half) = len(x), w[0].shape
     out = torch.full((tokens, n), torch.nan, device=x.device).to(out_dtype)
     gpu = arch.of(x.device)
     options = mxfp4_gemm_dot.launch_options(tokens, n, 2 * half, gpu, x_scales is not None) | chosen
-    multiply(x, x_scales, *w, bias, out, tokens, n, 2 * half, options, gpu)
+    multiply(Product(x, x_scales, *w, bias, out, tokens, n, 2 * half, "linear", 0, gpu), options)
     return out
 
 

@@ -444,6 +444,7 @@ def check_adapter() -> None:
     from fusionpasses.kernels import mxfp4_gemm_wgmma as kernels
     from fusionpasses.kernels.arch import INTERPRETED
     from fusionpasses.providers import _launch, _triton_gemm_wgmma
+    from fusionpasses.providers._product import Product
 
     def scratch(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         memory = torch.full(shape, 7 if dtype == torch.int32 else torch.nan, dtype=dtype)
@@ -460,16 +461,15 @@ def check_adapter() -> None:
         codes, scales = weight(rows, width, 124, 131)
         w, exponents, shift = _mxfp4_weight.prepare(codes, scales)
         x, x_scales = torch.randint(-3, 4, (tokens, width + 64)).bfloat16()[:, :width], None
-        values, stride = x.float(), x.stride(0)
+        values = x.float()
         if packed:
             x, x_scales = _mxfp4.quantize(values, "even")
-            values, stride = _mxfp4.dequantize(x, x_scales), x.stride(0)
+            values = _mxfp4.dequantize(x, x_scales)
         emulated.sources = w, exponents
         options = kernels.launch_options(tokens, rows, width, INTERPRETED)
         bias, out = torch.randint(-9, 9, (rows,)).float(), torch.full((tokens, rows), torch.nan)
-        _triton_gemm_wgmma.multiply(
-            x, x_scales, stride, w, exponents, bias, out, tokens, rows, width, shift, options, INTERPRETED
-        )
+        sizes = tokens, rows, width, "tiles", shift, INTERPRETED
+        _triton_gemm_wgmma.multiply(Product(x, x_scales, w, exponents, bias, out, *sizes), options)
         emulated.end()
         _check_same(out, values @ _mxfp4.dequantize(codes, scales).T + bias, f"{tokens} tokens")
 
@@ -505,6 +505,7 @@ def _check(got: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, seed: int) ->
 @pytest.mark.parametrize("part", [pytest.param(part, marks=gpu) for part in range(4)])
 def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part: int) -> None:
     from fusionpasses.providers import _triton_gemm_wgmma
+    from fusionpasses.providers._product import Product
 
     for seed in range(part, 80, 4):
         rng = random.Random(seed)
@@ -516,19 +517,18 @@ def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part:
         prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
         bias = torch.randn(rows, device="cuda") if seed % 3 == 0 else None
         x, x_scales = torch.randn(tokens, width + 64 * (seed % 5 == 0), device="cuda").bfloat16()[:, :width], None
-        values, stride = x.float(), x.stride(0)
+        values = x.float()
         if seed % 2:
             x, x_scales = _mxfp4.quantize(values, "even")
-            values, stride = _mxfp4.dequantize(x, x_scales), x.stride(0)
+            values = _mxfp4.dequantize(x, x_scales)
         options = {"TOKEN_TILES": token_tiles, "WARPGROUPS": 1, "UNROLLED": 2, "num_warps": 4}
         options |= {"enable_fp_fusion": False, "launch_pdl": True}
         steps = -(-rows // 64) * -(-tokens // (8 * token_tiles)) * -(-width // 256)
         options["PROGRAMS"] = rng.choice((min(steps, 660), rng.randint(1, min(steps, 660))))
         outs = [torch.full((tokens, rows), torch.nan, device="cuda").bfloat16() for _ in range(3)]
         for out in outs:
-            _triton_gemm_wgmma.multiply(
-                x, x_scales, stride, prepared, exponents, bias, out, tokens, rows, width, shift, options, H200
-            )
+            sizes = tokens, rows, width, "tiles", shift, H200
+            _triton_gemm_wgmma.multiply(Product(x, x_scales, prepared, exponents, bias, out, *sizes), options)
         assert torch.equal(outs[0], outs[1]), f"seed {seed}: other bytes"
         assert torch.equal(outs[0], outs[2]), f"seed {seed}: other bytes"
         _check(outs[0], values, w, bias, seed)

@@ -134,11 +134,12 @@ def launches(config: AnyConfig) -> list[Launch]:
         if isinstance(config, DotConfig):
             from fusionpasses.kernels import mxfp4_gemm_dot
             from fusionpasses.providers import _triton_gemm_dot
+            from fusionpasses.providers._product import Product
 
             gpu = provider.arch.of(torch.device("meta"))
             sizes = config.tokens, config.rows, config.n
             options = mxfp4_gemm_dot.launch_options(*sizes, gpu, config.codes)
-            _triton_gemm_dot.multiply(*arguments, options, gpu)
+            _triton_gemm_dot.multiply(Product(*arguments, "linear", 0, gpu), options)
         else:
             provider.ADAPTERS[name](*arguments, **keywords)
     wanted = DOT_CHAINS.get(config.chain) or GEMM_CHAINS.get(config.chain, ("", ""))[1]

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusionpasses.kernels import _mxfp4_words, arch, gemm_choice, mxfp4_dequantize, mxfp4_gemm
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.providers import _launch, _triton_gemm_dot, _triton_gemm_wgmma
+from fusionpasses.providers._product import Product
 
 #: bfloat16 numbers that a number of x is the sum of, at most.
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -49,19 +50,13 @@ def _mxfp4_gemm(
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
         kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, w4a4=True, layout=layout)
+        product = Product(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
         if kernel == "mxfp4_gemm":
-            weight = w_codes, w_scales, bias, out, tokens, n, width, layout, shift, options, gpu
-            if mxfp4_gemm.decodes_tokens(tokens, n, width):
-                _multiply(x_codes, x_scales, width // 2, *weight)
-            else:
-                _multiply(_in_order(x_codes, x_scales, tokens, width, layout, gpu), None, None, *weight)
+            _multiply(product, options, in_order=not mxfp4_gemm.decodes_tokens(tokens, n, width))
         elif kernel == "mxfp4_gemm_wgmma":
-            w = _aligned(w_codes), _aligned(w_scales)
-            _triton_gemm_wgmma.multiply(
-                x_codes, x_scales, width // 2, *w, bias, out, tokens, n, width, shift, options, gpu
-            )
+            _triton_gemm_wgmma.multiply(product, options)
         elif kernel == "mxfp4_gemm_dot":
-            _triton_gemm_dot.multiply(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
+            _triton_gemm_dot.multiply(product, options)
         else:
             x = _launch.scratch(x_codes, (tokens, width), torch.bfloat16)
             _dequantize(x_codes, x_scales, x, "linear", 0, gpu)
@@ -86,19 +81,19 @@ def _mxfp4_gemm_a16w4(
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     if out.numel() == 0:
         return out
-    gpu = arch.of(x.device)
     x = _whole_rows(x)
     w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
+    product = Product(x, None, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, arch.of(x.device))
     pieces = _PIECES[x.dtype]
     with _launch.on_device_of(x):
         if pieces > 1:
             summands = _launch.scratch(x, (pieces, tokens, width), torch.bfloat16)
             _launch.torch_call(_take_apart, x, summands)
             sums = _launch.scratch(x, (pieces, tokens, n), torch.float32)
-            _product(summands, w_codes, w_scales, None, sums, pieces * tokens, n, width, layout, shift, gpu)
+            _of_bfloat16(product._replace(x=summands, bias=None, out=sums, tokens=pieces * tokens))
             _launch.torch_call(_add_up, sums, out, *_given(bias))
         else:
-            _product(x, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
+            _of_bfloat16(product)
     return out
 
 
@@ -109,82 +104,35 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _product(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    tokens: int,
-    n: int,
-    width: int,
-    layout: str,
-    shift: int,
-    gpu: arch.Arch,
-) -> None:
-    """Of bfloat16 x, contiguous or two-dimensional."""
-    kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, layout=layout)
-    stride = x.stride(-2) if x.dim() == 2 else width
+def _of_bfloat16(product: Product) -> None:
+    tokens, rows, width, layout, shift, gpu = product[6:]
+    kernel, options, _ = gemm_choice.choose(tokens, rows, width, gpu, layout=layout)
     if kernel == "mxfp4_gemm":
-        _multiply(x, None, stride, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, options, gpu)
+        _multiply(product, options, in_order=False)
     elif kernel == "mxfp4_gemm_wgmma":
-        w = _aligned(w_codes), _aligned(w_scales)
-        _triton_gemm_wgmma.multiply(x, None, stride, *w, bias, out, tokens, n, width, shift, options, gpu)
+        _triton_gemm_wgmma.multiply(product, options)
     elif kernel == "mxfp4_gemm_dot":
-        _triton_gemm_dot.multiply(x, None, w_codes, w_scales, bias, out, tokens, n, width, options, gpu)
+        _triton_gemm_dot.multiply(product, options)
     else:
-        values = _launch.scratch(w_codes, (n, width), torch.bfloat16)
-        _dequantize(w_codes, w_scales, values, layout, shift, gpu)
-        _by_torch(x, values, bias, out)
+        values = _launch.scratch(product.w_codes, (rows, width), torch.bfloat16)
+        _dequantize(product.w_codes, product.w_scales, values, layout, shift, gpu)
+        _by_torch(product.x, values, product.bias, product.out)
 
 
-def _in_order(x: Tensor, x_scales: Tensor, tokens: int, width: int, layout: str, gpu: arch.Arch) -> Tensor:
-    """MXFP4 x as bfloat16, in the order in which the kernel's threads load it, in scratch."""
-    tiles, columns, warps = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 4
-    out = _launch.scratch(x, (tiles, columns, 8 * _mxfp4_weight.TILE_WIDTH), torch.bfloat16)
-    _launch.launch(
-        mxfp4_gemm.mxfp4_gemm_arrange,
-        (-(-columns // warps), tiles),
-        x,
-        x_scales,
-        out,
-        tokens,
-        width // 2,
-        width // _mxfp4.BLOCK,
-        K=width,
-        LAYOUT=_LAYOUT[layout],
-        WARPS=warps,
-        ISA=gpu.isa,
-        num_warps=warps,
-        enable_fp_fusion=False,
-        launch_pdl=True,
-    )
-    return out
-
-
-def _multiply(
-    x: Tensor,
-    x_scales: Tensor | None,
-    x_stride: int | None,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    tokens: int,
-    n: int,
-    width: int,
-    layout: str,
-    shift: int,
-    options: dict[str, Any],
-    gpu: arch.Arch,
-) -> None:
+def _multiply(product: Product, options: dict[str, Any], *, in_order: bool) -> None:
+    """By ``mxfp4_gemm``; ``in_order``: codes of x are made bfloat16 first, in the order in which threads load it."""
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu = product
+    stride: int | None = product.x_stride
+    if in_order:
+        x, x_scales, stride = _in_order(product), None, None
     if w_codes.data_ptr() % 16 or w_scales.data_ptr() % 16:
         options = options | {"STAGES": 0}  # what is not aligned cannot be copied to shared memory
     split = options["SPLIT"]
-    sums = out if split == 1 else _launch.scratch(x, (split, tokens, n), torch.float32)
+    sums = out if split == 1 else _launch.scratch(x, (split, tokens, rows), torch.float32)
+    token_tile, row_tile = 8 * options["TOKEN_TILES"], _mxfp4_weight.TILE_ROWS * options["ROW_TILES"]
     _launch.launch(
         mxfp4_gemm.mxfp4_gemm,
-        (-(-tokens // (8 * options["TOKEN_TILES"])), -(-n // (_mxfp4_weight.TILE_ROWS * options["ROW_TILES"])), split),
+        (-(-tokens // token_tile), -(-rows // row_tile), split),
         x,
         x_scales,
         w_codes,
@@ -192,8 +140,8 @@ def _multiply(
         bias if split == 1 else None,
         sums,
         tokens,
-        n,
-        x_stride,
+        rows,
+        stride,
         2.0**shift if split == 1 else 1.0,
         K=width,
         LAYOUT=_LAYOUT[layout],
@@ -201,7 +149,32 @@ def _multiply(
         **options,
     )
     if split > 1:
-        _triton_gemm_dot.add_up(sums, bias, out, tokens, n, shift, gpu)
+        _triton_gemm_dot.add_up(sums, bias, out, tokens, rows, shift, gpu)
+
+
+def _in_order(product: Product) -> Tensor:
+    """MXFP4 x as bfloat16, in the order in which the kernel's threads load it, in scratch."""
+    tokens, width = product.tokens, product.width
+    tiles, columns, warps = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 4
+    out = _launch.scratch(product.x, (tiles, columns, 8 * _mxfp4_weight.TILE_WIDTH), torch.bfloat16)
+    _launch.launch(
+        mxfp4_gemm.mxfp4_gemm_arrange,
+        (-(-columns // warps), tiles),
+        product.x,
+        product.x_scales,
+        out,
+        tokens,
+        width // 2,
+        width // _mxfp4.BLOCK,
+        K=width,
+        LAYOUT=_LAYOUT[product.layout],
+        WARPS=warps,
+        ISA=product.gpu.isa,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        launch_pdl=True,
+    )
+    return out
 
 
 def _dequantize(codes: Tensor, scales: Tensor, out: Tensor, layout: str, shift: int, gpu: arch.Arch) -> None:
@@ -274,11 +247,6 @@ def _add_up(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 def _whole_words(bytes_: Tensor) -> Tensor:
     """Bytes, or a copy of them: the kernels load four at once, of which the first must be at a multiple of four."""
     return bytes_ if bytes_.data_ptr() % 4 == 0 else bytes_.clone()
-
-
-def _aligned(bytes_: Tensor) -> Tensor:
-    """Bytes, or a copy of them from which words can be copied to shared memory, 16 bytes at once."""
-    return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()
 
 
 def _whole_weight(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor, str]:

@@ -9,34 +9,17 @@ from torch import Tensor
 
 from fusionpasses.kernels import arch, mxfp4_gemm_dot, mxfp4_gemm_sum
 from fusionpasses.providers import _launch
+from fusionpasses.providers._product import Product
 
 
-def multiply(
-    x: Tensor,
-    x_scales: Tensor | None,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    tokens: int,
-    n: int,
-    width: int,
-    options: dict[str, Any],
-    gpu: arch.Arch,
-) -> None:
-    """``out = x @ w.T + bias`` with a weight in layout "linear".
-
-    Args:
-        x: bfloat16, contiguous or of two dimensions; or codes, contiguous, and ``x_scales`` with them.
-        out: contiguous, ``tokens * n`` elements.
-        tokens, n, width: of at least one token and one row.
-        options: of ``mxfp4_gemm_dot.launch_options``.
-    """
+def multiply(product: Product, options: dict[str, Any]) -> None:
+    """Of a weight in layout "linear"; ``options`` of ``mxfp4_gemm_dot.launch_options``."""
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, *_, gpu = product
     parts = options["SPLIT_K"]
-    sums = out if parts == 1 else _launch.scratch(x, (parts, tokens, n), torch.float32)
+    sums = out if parts == 1 else _launch.scratch(x, (parts, tokens, rows), torch.float32)
     _launch.launch(
         mxfp4_gemm_dot.mxfp4_gemm_dot,
-        (-(-tokens // options["BLOCK_M"]), -(-n // options["BLOCK_N"]), parts),
+        (-(-tokens // options["BLOCK_M"]), -(-rows // options["BLOCK_N"]), parts),
         x,
         x_scales,
         w_codes,
@@ -44,27 +27,27 @@ def multiply(
         bias if parts == 1 else None,
         sums,
         tokens,
-        n,
-        x.stride(-2) if x.dim() == 2 else x.shape[-1],
+        rows,
+        product.x_stride,
         K=width,
         ISA=gpu.isa,
         **options,
     )
     if parts > 1:
-        add_up(sums, bias, out, tokens, n, 0, gpu)
+        add_up(sums, bias, out, tokens, rows, 0, gpu)
 
 
-def add_up(sums: Tensor, bias: Tensor | None, out: Tensor, tokens: int, n: int, shift: int, gpu: arch.Arch) -> None:
+def add_up(sums: Tensor, bias: Tensor | None, out: Tensor, tokens: int, rows: int, shift: int, gpu: arch.Arch) -> None:
     """What each of the programs that cut K has, float32 ``[parts, tokens, n]``: their sum times ``2**shift``."""
-    options: dict[str, Any] = mxfp4_gemm_sum.sum_options(tokens, n, gpu)
+    options: dict[str, Any] = mxfp4_gemm_sum.sum_options(tokens, rows, gpu)
     _launch.launch(
         mxfp4_gemm_sum.mxfp4_gemm_sum,
-        (tokens, -(-n // options["COLUMNS"])),
+        (tokens, -(-rows // options["COLUMNS"])),
         sums,
         bias,
         out,
         tokens,
-        n,
+        rows,
         2.0**shift,
         SPLIT_K=sums.shape[0],
         ISA=gpu.isa,

@@ -7,27 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionpasses.kernels import arch, mxfp4_gemm_wgmma
+from fusionpasses.kernels import mxfp4_gemm_wgmma
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.providers import _launch
+from fusionpasses.providers._product import Product
 
 
-def multiply(
-    x: Tensor,
-    x_scales: Tensor | None,
-    x_stride: int,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    tokens: int,
-    n: int,
-    width: int,
-    shift: int,
-    options: dict[str, Any],
-    gpu: arch.Arch,
-) -> None:
-    """``out`` from x, bfloat16 or MXFP4, and a weight in layout "tiles"; ``options`` of ``launch_options``."""
+def multiply(product: Product, options: dict[str, Any]) -> None:
+    """Of a weight in layout "tiles"; ``options`` of ``launch_options``."""
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, _, shift, gpu = product
+    w_codes, w_scales = _aligned(w_codes), _aligned(w_scales)
     options = dict(options)
     programs, token_tiles, unrolled = options.pop("PROGRAMS"), options["TOKEN_TILES"], options["UNROLLED"]
     groups = -(-tokens // (8 * token_tiles))
@@ -46,7 +35,7 @@ def multiply(
         flags,
         tokens,
         programs,
-        x_stride,
+        product.x_stride,
         None if x_scales is None else width // _mxfp4.BLOCK,
         K=width,
         COLUMNS=columns,
@@ -68,12 +57,17 @@ def multiply(
         partial,
         flags,
         tokens,
-        n,
+        rows,
         groups,
-        -(-n // (threads // 2)) * groups * units,
+        -(-rows // (threads // 2)) * groups * units,
         programs,
         2.0**shift,
         K=width,
         ISA=gpu.isa,
         **options,
     )
+
+
+def _aligned(bytes_: Tensor) -> Tensor:
+    """Bytes, or a copy of them from which words can be copied to shared memory, 16 bytes at once."""
+    return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()
