@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fusionpasses as fp
@@ -97,6 +98,101 @@ def test_what_is_left_and_why():
     text = str(summary)
     assert text.startswith("quantize_mxfp4: 1 modules quantised, 6 left")
     assert "not nn.Linear: special, conv" in text
+
+
+class Holder(nn.Module):
+    """With modules under the names given; they may be the same one twice."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def left_of(model: nn.Module) -> dict[str, str]:
+    fp.quantize_mxfp4(model)
+    return {name: reason.split(",")[0] for name, reason in fp.last_quantization().left.items()}
+
+
+def test_a_router_below_its_name_is_a_router():
+    model = Holder(
+        router=Holder(classifier=nn.Linear(64, 4)), gate=Holder(wg=nn.Linear(64, 4)), gated=nn.Linear(64, 64)
+    )
+    assert left_of(model) == {"router.classifier": "a router", "gate.wg": "a router"}
+    assert isinstance(model.gated, fp.Mxfp4Linear)
+
+
+def test_an_output_is_one_under_any_of_its_names_and_where_it_is_the_embedding():
+    embedding, tied, proj = nn.Embedding(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+    tied.weight = embedding.weight
+    model = Holder(embedding=embedding, output=tied, proj=proj, lm_head=proj, up=nn.Linear(64, 64))
+    assert left_of(model) == {"output": "the output projection", "proj": "the output projection"}
+    assert model.proj is model.lm_head
+    assert model.output.weight is model.embedding.weight
+    model = Holder(proj=proj, second=proj)
+    fp.quantize_mxfp4(model, lambda name, _: name != "second")
+    assert fp.last_quantization().left == {"proj": "the filter said no"}
+
+
+@pytest.mark.parametrize("part", ["wrapped", "layers", "attention"])
+def test_attention_of_gpt_oss_is_known_in_a_part_of_the_model(part):
+    config = transformers.GptOssConfig(
+        num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_local_experts=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    layers = model.model.layers
+    model = {"wrapped": Holder(model=model), "layers": layers, "attention": layers[0].self_attn}[part]
+    left = left_of(model)
+    assert sum(reason == "attention of GPT-OSS" for reason in left.values()) == 4
+    assert not fp.last_quantization().quantized
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        nn.init.zeros_(self.up.weight)  # who only sets it up does not read it
+
+    def forward(self, x):
+        return self.down(self.up(x).to(self.down.weight.dtype))
+
+
+def test_a_linear_whose_weight_another_module_reads_is_left():
+    model = ReadsWeight()
+    assert left_of(model) == {"down": "ReadsWeight reads its weight"}
+    assert isinstance(model.up, fp.Mxfp4Linear)
+    with torch.no_grad():
+        model(torch.randn(2, 64))
+        torch_layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+        assert left_of(torch_layer)["linear1"] == "TransformerEncoderLayer reads its weight"
+        torch_layer(torch.randn(1, 4, 64))
+    # A filter decides what is to be quantised, not what can be.
+    fp.quantize_mxfp4(model, lambda *_: True)
+    assert type(model.down) is nn.Linear
+
+
+def test_what_a_new_module_would_lose_is_left():
+    replaced, buffered, nested, lazy = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.LazyLinear(64)
+    replaced.forward = lambda x: x
+    buffered.register_buffer("smooth", torch.ones(64))
+    nested.adapter = nn.Linear(64, 8)
+    model = Holder(replaced=replaced, buffered=buffered, nested=nested, lazy=lazy, plain=nn.Linear(64, 64))
+    assert left_of(model) == {
+        "replaced": "its forward was replaced",
+        "buffered": "it has more than a weight and a bias",
+        "nested": "it has more than a weight and a bias",
+        "lazy": "it is not initialised yet",
+    }
+    assert fp.last_quantization().quantized == ["nested.adapter", "plain"]
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for linear in (replaced, Doubled(64, 64)):
+        with pytest.raises(fp.UnsupportedInput, match="with a forward of its own, which would be lost"):
+            fp.Mxfp4Linear.from_linear(linear)
 
 
 def test_a_filter_alone_decides():
@@ -224,6 +320,31 @@ def test_a_weight_that_cannot_be_prepared_stays_and_works():
     y = linear(torch.ones(1, 64))
     assert y.isnan().sum() == 1
     assert y[0, 3].isnan()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    ("name", "convert"),
+    [
+        ("weight_scale", lambda t: t.view(torch.float8_e8m0fnu)),
+        ("weight_scale", lambda t: torch.exp2(t.float() - 127)),
+        ("weight_packed", lambda t: torch.randn(t.shape)),
+    ],
+)
+def test_what_is_not_bytes_is_not_loaded(name, convert, prepared, assign):
+    model = nn.Sequential(*[fp.Mxfp4Linear.from_linear(nn.Linear(64, 32)) for _ in range(2)])
+    if prepared:
+        model[0].prepare()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    other = nn.Sequential(*[fp.Mxfp4Linear.from_linear(nn.Linear(64, 32)) for _ in range(2)]).state_dict()
+    other[f"0.{name}"] = convert(other[f"0.{name}"])
+    with pytest.raises(RuntimeError, match=rf"0\.{name}: got torch\.float.*allowed torch\.uint8"):
+        model.load_state_dict(other, assign=assign)
+    after = model.state_dict()
+    for key in ("0.weight_packed", "0.weight_scale", "0.bias"):
+        assert torch.equal(after[key], before[key])
+    assert model[0].layout == ("tiles" if prepared else "linear")
 
 
 def test_loading_a_weight_that_cannot_be_prepared_loads_all_of_a_model():

@@ -35,6 +35,13 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
     echo "installing $TORCH into $VENV"
     "$python" -m pip install --quiet --disable-pip-version-check "$TORCH"
 fi
-"$python" -c 'import torch; print("torch==" + torch.__version__)' > "$VENV/constraints.txt"
+# The version that pip knows: a wheel of the package index says 2.10.0 where torch.__version__ is 2.10.0+cu128.
+"$python" -c 'import importlib.metadata; print("torch==" + importlib.metadata.version("torch"))' > "$VENV/constraints.txt"
+# A torch built for GPUs has brought its own Triton; other versions of it are not for this torch.
+if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)'; then
+    extras=dev
+else
+    extras=dev,triton
+fi
 echo "using $(cat "$VENV/constraints.txt"); installing the rest into $VENV:$missing"
-"$python" -m pip install --quiet --disable-pip-version-check --constraint "$VENV/constraints.txt" --editable '.[dev]'
+"$python" -m pip install --quiet --disable-pip-version-check --constraint "$VENV/constraints.txt" --editable ".[$extras]"

@@ -36,7 +36,10 @@ class Mxfp4Linear(nn.Module):
         bias: ``[out_features]`` or absent.
 
     After ``prepare()`` the first two hold the same weight in the order in which a kernel reads it. A weight that is
-    loaded into a prepared layer is prepared, too; or stays as it is, if it cannot be: ``layout`` says which.
+    loaded into a prepared layer is prepared, too; or stays as it is, if it cannot be: ``layout`` says which. It is then
+    in other memory than before, and a CUDA graph that was captured by hand has to be captured again. What is not uint8
+    is an error of ``load_state_dict``: it would convert values, where bytes are meant. ``torch.func.functional_call``
+    with a state_dict wants an unprepared layer.
 
     Attributes:
         in_features, out_features: as of nn.Linear.
@@ -92,6 +95,11 @@ class Mxfp4Linear(nn.Module):
         _mxfp4.check_scale_mode(scale_mode)
         if not isinstance(linear, nn.Linear):
             raise UnsupportedInput(f"linear: got {type(linear).__name__}, allowed torch.nn.Linear")
+        if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+            raise UnsupportedInput(
+                f"linear: got {type(linear).__name__} with a forward of its own, which would be lost, allowed "
+                "torch.nn.Linear's; keep this one as it is"
+            )
         weight = linear.weight.detach()
         _mxfp4.check_input("linear.weight", weight)
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
@@ -190,10 +198,35 @@ class Mxfp4Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight_packed"], destination[f"{prefix}weight_scale"] = self.checkpoint_weight()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {f"{prefix}{name}": state_dict.get(f"{prefix}{name}") for name in ("weight_packed", "weight_scale")}
+        wrong = {
+            name: value.dtype
+            for name, value in given.items()
+            if isinstance(value, Tensor) and value.dtype != torch.uint8
+        }
+        if wrong:
+            # copy_ would convert the values: of most scales it would make zeros.
+            error_msgs += [
+                f"{name}: got {dtype}, allowed torch.uint8, bytes of codes or of E8M0 scales; float8_e8m0fnu is that "
+                "after .view(torch.uint8). Nothing of this layer was loaded"
+                for name, dtype in wrong.items()
+            ]
+            return
         layout = self.layout
         self.unprepare()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if layout != "linear":
             # What cannot be prepared works as it is; to raise here would leave the modules after this one unloaded.
             with contextlib.suppress(UnsupportedInput):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import inspect
 import logging
+import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -14,16 +19,12 @@ from fusionpasses.ops import _mxfp4
 
 log = logging.getLogger(__name__)
 
-#: Last parts of module names that MXFP4 checkpoints leave in high precision, and what they are.
-_KEPT_NAMES = {
-    "lm_head": "the output projection",
-    "embed_out": "the output projection",
-    "router": "a router",
-    "gate": "a router",
-    "shared_expert_gate": "a router",
-}
-#: Parts of names that the released checkpoint of a model type leaves in high precision.
-_KEPT_BY_MODEL = {"gpt_oss": ("self_attn",)}
+#: Last parts of names of modules that MXFP4 checkpoints leave in high precision.
+_OUTPUTS = ("lm_head", "embed_out")
+#: Any part of the name of a router.
+_ROUTERS = ("router", "gate", "shared_expert_gate")
+#: Model types whose released checkpoint leaves attention in high precision.
+_ATTENTION_KEPT = ("gpt_oss",)
 
 
 @dataclasses.dataclass
@@ -61,9 +62,11 @@ def quantize_mxfp4(
 
     Args:
         model: any module that holds linears.
-        filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides. Without one,
-            what released MXFP4 checkpoints keep in high precision is left: the output projection, routers, and the
-            attention of GPT-OSS.
+        filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides, of a linear
+            with several names for each of them. Without one, what released MXFP4 checkpoints keep in high precision is
+            left: the output projection, routers, and the attention of GPT-OSS. What cannot be quantised without harm is
+            left in any case: a linear whose weight another module reads, that has hooks or a forward of its own, or
+            that holds more than a weight and a bias.
         act: "mxfp4" quantises the inputs of these linears, too (W4A4); "none" does not (weight-only).
         scale_mode: "even", "floor", "rceil" or "ceil".
 
@@ -88,12 +91,25 @@ def quantize_mxfp4(
     summary = QuantizeSummary()
     keep = _kept_by_default(model) if filter is None else None
     replacements: dict[nn.Module, Mxfp4Linear] = {}
-    for name, module in model.named_modules():
-        reason = _not_quantizable(module)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+
+    def reason_of(name: str, module: nn.Module) -> str | None:
+        reason = _not_quantizable(module) or _read_by_parent(model, name)
         if reason is None and keep is not None:
-            reason = keep(name, module)
-        elif reason is None and filter is not None and not filter(name, module):
-            reason = "the filter said no"
+            return keep(name, module)
+        if reason is None and filter is not None and not filter(name, module):
+            return "the filter said no"
+        return reason
+
+    for module, known_as in names.items():
+        name = known_as[0]
+        if type(module) is not nn.Linear:
+            reason = _not_quantizable(module)
+        else:
+            # Under all its names: a projection that is the output, too, is the output.
+            reason = next((reason for name in known_as if (reason := reason_of(name, module)) is not None), None)
         if reason is not None:
             if reason:
                 summary.left[name] = reason
@@ -119,6 +135,10 @@ def quantize_mxfp4(
 def _not_quantizable(module: nn.Module) -> str | None:
     """None for a plain linear that fits, "" for a module without weights of its own, else the reason."""
     if type(module) is nn.Linear:
+        if "forward" in vars(module):
+            return "its forward was replaced, which a new module would lose"
+        if {*module._parameters} - {"weight", "bias"} or module._buffers or module._modules:
+            return "it has more than a weight and a bias"
         if module.in_features % _mxfp4.BLOCK != 0 or module.in_features == 0:
             return f"in_features is not a multiple of {_mxfp4.BLOCK}"
         if module.weight.dtype not in _mxfp4.INPUT_DTYPES:
@@ -126,21 +146,62 @@ def _not_quantizable(module: nn.Module) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks:
             return "it has forward hooks, which a new module would lose"
         return None
-    matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    parameters = list(module.parameters(recurse=False))
+    if any(nn.parameter.is_lazy(p) for p in parameters):
+        return "it is not initialised yet"
+    matrices = [p for p in parameters if p.dim() >= 2]
     if not matrices or isinstance(module, nn.Embedding):
         return ""
     return "not nn.Linear"
 
 
+def _read_by_parent(model: nn.Module, name: str) -> str | None:
+    """Does the module that holds this one read its weight itself, which an Mxfp4Linear does not have?"""
+    parent, _, child = name.rpartition(".")
+    holder: Any = type(model.get_submodule(parent))  # mypy knows no class as Hashable
+    if child in _weights_read_by(holder):
+        return f"{holder.__name__} reads its weight"
+    return None
+
+
+@functools.cache
+def _weights_read_by(module: Any) -> frozenset[str]:
+    """Names of children whose weight the code of a module reads when it runs, as far as its source is there."""
+    names: set[str] = set()
+    bases = [base for base in module.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    for method in (value for base in bases for value in vars(base).values()):
+        if inspect.isfunction(method) and not re.search("init|reset", method.__name__):
+            with contextlib.suppress(OSError, TypeError):  # no source
+                names |= set(re.findall(r"\bself\.(\w+)\.weight\b", inspect.getsource(method)))
+    return frozenset(names)
+
+
 def _kept_by_default(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
-    outputs = getattr(model, "get_output_embeddings", lambda: None)()
-    parts_kept = _KEPT_BY_MODEL.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+    outputs, embeddings = set(), set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.add(module.weight)
+        with contextlib.suppress(NotImplementedError):
+            outputs.add(getattr(module, "get_output_embeddings", lambda: None)())
 
     def keep(name: str, module: nn.Module) -> str | None:
         parts = name.split(".")
-        what = "the output projection" if module is outputs else _KEPT_NAMES.get(parts[-1])
-        if what is None and any(p in parts for p in parts_kept):
+        what = None
+        if module in outputs or parts[-1] in _OUTPUTS or module.weight in embeddings:
+            what = "the output projection"
+        elif any(part in _ROUTERS for part in parts):
+            what = "a router"
+        elif _is_kept_attention(model, parts):
             what = "attention of GPT-OSS"
         return None if what is None else f"{what}, which MXFP4 checkpoints keep in high precision"
 
     return keep
+
+
+def _is_kept_attention(model: nn.Module, parts: list[str]) -> bool:
+    """Of a module that is, or is in, or holds such a model, however it is wrapped: its configuration is on the way."""
+    holders = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    kinds = [getattr(getattr(holder, "config", None), "model_type", None) for holder in holders]
+    return any(kind in _ATTENTION_KEPT for kind in kinds) and (
+        "self_attn" in parts or any(type(holder).__name__.endswith("Attention") for holder in holders)
+    )
