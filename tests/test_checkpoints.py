@@ -2,8 +2,10 @@
 
 import json
 import math
-import os
 import pathlib
+import subprocess
+import sys
+import time
 import weakref
 
 import hypothesis
@@ -1101,6 +1103,9 @@ def test_the_configuration_written_is_that_of_the_library(spelling, act, tmp_pat
     assert fp.open_checkpoint(tmp_path / "c").act == act
 
 
+TENSORS = {"a.weight": Mxfp4Weight(codes(4, 16), scales(4, 1))}
+
+
 def test_existing_checkpoints_are_kept_unless_told_otherwise(tmp_path):
     path, _ = sharded(tmp_path)
     (path / "tokenizer.json").write_text("{}")
@@ -1134,7 +1139,7 @@ def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, mo
     rename, left = pathlib.Path.rename, [0]
 
     def fails(self, target):
-        if pathlib.Path(target).parent in (path, tmp_path / f".model.{os.getpid()}.old"):
+        if pathlib.Path(target).parent == path or pathlib.Path(target).parent.suffix == ".old":
             left[0] -= 1
             if left[0] == 0:
                 raise OSError("no space left")
@@ -1155,7 +1160,183 @@ def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, mo
     assert list(fp.open_checkpoint(path)) == ["a.weight"]
 
 
-TENSORS = {"a.weight": Mxfp4Weight(codes(4, 16), scales(4, 1))}
+def test_an_interrupt_after_a_file_was_placed_brings_the_old_ones_back(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    fp.save_checkpoint(
+        {f"{name}.weight": TENSORS["a.weight"] for name in "ab"}, path, format="quark", max_shard_bytes=40
+    )
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    rename = pathlib.Path.rename
+
+    def interrupted(self, target):
+        rename(self, target)
+        if pathlib.Path(target) == path / "model.safetensors":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fp.save_checkpoint(TENSORS, path, format="quark", overwrite=True)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00004.safetensors"])
+def test_files_are_replaced_only_if_told_so(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    big = {f"{n}.weight": TENSORS["a.weight"] for n in "ab"}
+    with pytest.raises(fp.BadCheckpoint, match=f"got {name} in it.*overwrite=True"):
+        fp.save_checkpoint(big, tmp_path, format="quark", max_shard_bytes=40)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "{}"
+    fp.save_checkpoint(big, tmp_path, format="quark", max_shard_bytes=40, overwrite=True)
+    assert len(fp.open_checkpoint(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_came_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "model"
+
+    def meanwhile():
+        yield "a.weight", TENSORS["a.weight"]
+        fp.save_checkpoint({"theirs.weight": TENSORS["a.weight"]}, path, format="quark")
+
+    with pytest.raises(fp.BadCheckpoint, match=r"got model.safetensors in it"):
+        fp.save_checkpoint(meanwhile(), path, format="quark")
+    assert list(fp.open_checkpoint(path)) == ["theirs.weight"]
+    assert not list(tmp_path.glob(".*"))
+    fp.save_checkpoint(meanwhile_too(path), path, format="quark", overwrite=True)
+    assert list(fp.open_checkpoint(path)) == ["a.weight"]
+
+
+def meanwhile_too(path):
+    yield "a.weight", TENSORS["a.weight"]
+    fp.save_checkpoint({"theirs.weight": TENSORS["a.weight"]}, path, format="compressed_tensors", overwrite=True)
+
+
+WRITER = """
+import sys, pathlib, torch, fusionpasses as fp
+from fusionpasses.nn.checkpoint_reader import Mxfp4Weight
+path, tag, format, shard = sys.argv[1:]
+weight = Mxfp4Weight(torch.zeros(4, 16, dtype=torch.uint8), torch.full((4, 1), 127, dtype=torch.uint8))
+folder = pathlib.Path(path).parent
+(folder / f"{tag} is ready").touch()
+while not (folder / "go").exists():
+    pass
+for _ in range(40):
+    fp.save_checkpoint(
+        {f"{tag}{i}.weight": weight for i in range(3)}, path, format=format, max_shard_bytes=int(shard), overwrite=True
+    )
+"""
+
+
+def test_two_processes_that_write_at_once_leave_one_whole_checkpoint(tmp_path):
+    path = tmp_path / "model"
+    fp.save_checkpoint(TENSORS, path, format="quark")
+    arguments = (("a", "quark", "1000000"), ("b", "compressed_tensors", "80"))
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), *given], stderr=subprocess.PIPE, text=True)
+        for given in arguments
+    ]
+    while len(list(tmp_path.glob("* is ready"))) < 2 and all(writer.poll() is None for writer in writers):
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    for writer in writers:
+        assert writer.wait(120) == 0, writer.stderr.read()
+    left = fp.open_checkpoint(path)
+    assert sorted(left) in (["a0.weight", "a1.weight", "a2.weight"], ["b0.weight", "b1.weight", "b2.weight"])
+    dict(left.items())
+    assert not list(path.glob(".*"))
+
+
+def test_a_folder_behind_a_link_and_a_damaged_index_can_be_written_to(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "model").symlink_to(elsewhere)
+    (elsewhere / "sub").mkdir()
+    (elsewhere / "tokenizer.json").write_text("{}")
+    for index in (
+        "no json",
+        "[]",
+        '{"weight_map": null}',
+        '{"weight_map": {"a": "tokenizer.json", "b": "..", "c": 3}}',
+    ):
+        (elsewhere / "model.safetensors.index.json").write_text(index)
+        fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark", overwrite=True)
+        names = {p.name for p in elsewhere.iterdir()}
+        assert names == {"model.safetensors", "config.json", "tokenizer.json", "sub"}
+    assert (tmp_path / "model").is_symlink()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(fp.UnsupportedInput, match="allowed a folder"):
+        fp.save_checkpoint(TENSORS, tmp_path / "nowhere", format="quark")
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/outside.safetensors", "tokenizer.json", ""])
+def test_an_index_names_files_of_its_folder_only(tmp_path, file):
+    fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"a.weight": file, "a.weight_scale": file}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(fp.BadCheckpoint, match=r"'a.weight': got .*allowed a .safetensors file of the same folder"):
+        fp.open_checkpoint(tmp_path / "model")
+
+
+def config_of(path: pathlib.Path) -> dict:
+    return json.loads((path / "config.json").read_text())
+
+
+def test_the_configuration_of_a_part_of_the_model_is_read(tmp_path):
+    fp.save_checkpoint(TENSORS, tmp_path, format="compressed_tensors", act="none")
+    quantization = config_of(tmp_path)["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"quantization_config": quantization}}))
+    assert fp.open_checkpoint(tmp_path).act == "none"
+    other = {**quantization, "ignore": ["lm_head"]}
+    both = {"quantization_config": other, "text_config": {"quantization_config": quantization}}
+    (tmp_path / "config.json").write_text(json.dumps(both))
+    with pytest.raises(fp.BadCheckpoint, match="got several that differ"):
+        fp.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [
+        ("compressed_tensors", {"config_groups": {"group_0": ["Linear"]}}),
+        ("compressed_tensors", {"ignore": ["re:(*"]}),
+        ("quark", {"algo_config": {"r4": True}}),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_damaged(tmp_path, form, change):
+    fp.save_checkpoint(TENSORS, tmp_path, format=form)
+    config = config_of(tmp_path)
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(fp.BadCheckpoint, match="quantization_config"):
+        fp.open_checkpoint(tmp_path)
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path):
+    fp.save_checkpoint(TENSORS, tmp_path, format="quark")
+    with pytest.raises(fp.BadCheckpoint, match="'x': got no such tensor"):
+        list(fp.open_checkpoint(tmp_path).items(["x"]))
+    with pytest.raises(fp.UnsupportedInput, match=r"checkpoint: got str, allowed a Checkpoint; open_checkpoint"):
+        fp.Mxfp4Linear.from_checkpoint(str(tmp_path), "a")
+    with pytest.raises(fp.UnsupportedInput, match="source: got 'hello'"):
+        fp.save_checkpoint("hello", tmp_path / "b", format="quark")
+    with pytest.raises(fp.UnsupportedInput, match="device: got meta"):
+        fp.load_checkpoint(torch.nn.Sequential(), tmp_path, device="meta")
+
+
+def test_buffers_of_no_dimension_are_computed(tmp_path):
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    fp.quantize_mxfp4(model)
+    fp.save_checkpoint(model, tmp_path, format="quark")
+    with torch.device("meta"):
+        loaded = transformers.Gemma3ForCausalLM(config).eval()
+    fp.load_checkpoint(loaded, tmp_path, progress=False)
+    tokens = torch.arange(4)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,11 @@ def folder_of(path: pathlib.Path) -> pathlib.Path:
     return path.parent if path.suffix == ".safetensors" else path
 
 
+def is_shard(name: object) -> bool:
+    """Is it the name of a safetensors file in the checkpoint's own folder?"""
+    return isinstance(name, str) and name.endswith(".safetensors") and pathlib.PurePath(name).name == name
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
@@ -139,6 +144,11 @@ def read_headers(path: pathlib.Path) -> dict[str, Stored]:
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise BadCheckpoint(f"{folder / INDEX}: got no weight_map of names to files, allowed one; is it damaged?")
+        for name, file in index.items():
+            if not is_shard(file):
+                raise BadCheckpoint(
+                    f"{name!r}: got {file!r} in {folder / INDEX}, allowed a .safetensors file of the same folder"
+                )
         files = list(dict.fromkeys(index.values()))
     else:
         raise BadCheckpoint(

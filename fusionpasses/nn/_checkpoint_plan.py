@@ -219,7 +219,7 @@ def _computed(model: nn.Module, name: str, module: nn.Module, attribute: str) ->
         for key, buffer in twin._buffers.items():
             if buffer is not None and buffer.is_meta:
                 real = torch.empty_like(buffer, device="cpu")
-                real.view(torch.uint8).fill_(byte)
+                real.view(-1).view(torch.uint8).fill_(byte)
                 twin._buffers[key] = real
         with torch.no_grad(), torch.device("cpu"):
             initialize(twin)

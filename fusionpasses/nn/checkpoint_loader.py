@@ -113,6 +113,8 @@ def load_checkpoint(
         raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
     if dtype is not None and dtype not in _mxfp4.INPUT_DTYPES:
         raise UnsupportedInput(f"dtype: got {dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}, or None")
+    if device is not None and torch.device(device).type == "meta":
+        raise UnsupportedInput(f"device: got {device}, allowed one that has memory, or None")
     if isinstance(ignore, str):
         raise UnsupportedInput(f"ignore: got {ignore!r}, allowed a list of patterns; write [{ignore!r}]")
     if isinstance(model, nn.Linear):
@@ -182,6 +184,10 @@ def linear_from_checkpoint(
     Raises:
         BadCheckpoint: the checkpoint has no such linear in MXFP4.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise UnsupportedInput(
+            f"checkpoint: got {type(checkpoint).__name__}, allowed a Checkpoint; open_checkpoint(path) gives one"
+        )
     entry = checkpoint.entries.get(f"{name}.weight")
     if entry is None or not entry.quantized or len(entry.shape) != 2:
         got = "no such tensor" if entry is None else str(entry.tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -108,8 +109,6 @@ class Checkpoint:
         Raises:
             BadCheckpoint: there is none, or its scales are not powers of two.
         """
-        if name not in self.entries:
-            raise BadCheckpoint(f"{name!r}: got no such tensor in {self.path}, allowed the names of list(checkpoint)")
         return next(self.items((name,), device=device))[1]
 
     def items(
@@ -120,7 +119,12 @@ class Checkpoint:
         Args:
             progress: draw a bar on stderr, if that is a terminal.
         """
-        entries = [self.entries[name] for name in (self.entries if names is None else names)]
+        wanted = list(self.entries if names is None else names)
+        for missing in (name for name in wanted if name not in self.entries):
+            raise BadCheckpoint(
+                f"{missing!r}: got no such tensor in {self.path}, allowed the names of list(checkpoint)"
+            )
+        entries = [self.entries[name] for name in wanted]
         with contextlib.ExitStack() as stack:
             handles: dict[str, Any] = {}
 
@@ -188,12 +192,20 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
     stored = files.read_headers(path)
     config_file = files.folder_of(path) / files.CONFIG
     config = files.read_json(config_file) if config_file.exists() else {}
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    quantization = _quantization_of(config)
     if quantization:
         if not isinstance(quantization, Mapping):
             raise BadCheckpoint(f"quantization_config: got {quantization!r}, allowed a JSON object; is it damaged?")
         spelling = formats.format_of_config(quantization)
-        settings = spelling.read_settings(quantization)
+        try:
+            settings = spelling.read_settings(quantization)
+            for name in settings.excluded:
+                spelling.matches(name, "")
+        except (AttributeError, TypeError, KeyError, ValueError, re.error) as error:
+            raise BadCheckpoint(
+                f"quantization_config: got what cannot be read ({type(error).__name__}: {error}), allowed what "
+                f"{spelling.name!r} writes; is it damaged?"
+            ) from None
     else:
         found = formats.format_of_names(list(stored))
         if found is None:
@@ -211,6 +223,18 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
                 "of the two is wrong"
             )
     return Checkpoint(path, spelling, settings, config, entries)
+
+
+def _quantization_of(config: Mapping[str, Any]) -> object:
+    """Of a model of several parts, such as text and images, the configuration of one part may have it."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    found = [part.get("quantization_config") or part.get("compression_config") for part in parts]
+    found = [quantization for quantization in found if quantization]
+    if any(other != found[0] for other in found):
+        raise BadCheckpoint(
+            "quantization_config: got several that differ, of parts of the model, allowed one for all of it"
+        )
+    return found[0] if found else None
 
 
 class _NoBar:

@@ -5,9 +5,11 @@ For round trips, for conversion from one format to another, and for models of :f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -46,32 +48,38 @@ def save_checkpoint(
 
     Args:
         source: a module, a :class:`Checkpoint` (to convert it), or names and tensors, as ``checkpoint.items()`` gives.
-        path: a folder. It is written under another name beside it and renamed when it is complete and could be opened.
+        path: a folder. What is written goes to a hidden folder, in it or, if there is none yet, beside it, and is
+            renamed when it is complete and could be opened.
         format: "quark", "gpt_oss" or "compressed_tensors". GPT-OSS has expert parameters ``[E, N, K]`` only.
         act: "mxfp4" or "none": does the model quantise the inputs of its linears? None: as the source does.
         scale_mode: for those inputs. None: as the source does, or "even".
         config: the other entries of config.json. None: those of the source.
         max_shard_bytes: a larger checkpoint is split; a larger tensor has a file of its own.
         overwrite: replace the checkpoint that is in ``path``; other files there are kept. While its files are replaced,
-            both checkpoints are beside each other, so that a process that is killed then loses neither.
+            both checkpoints are there, so that a process that is killed then loses neither. Of several processes that
+            write to one folder of a machine, each waits for the one before.
 
     Raises:
         UnsupportedInput: an argument, or a tensor, that the format does not have.
-        BadCheckpoint: there is a checkpoint in ``path``, or a scale is NaN. In both cases ``path`` was not changed.
+        BadCheckpoint: there is a checkpoint or a config.json in ``path``, or a scale is NaN. In both cases ``path`` was
+            not changed.
     """
     spelling, path = formats.check_format(format), pathlib.Path(path)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes <= 0:
         raise UnsupportedInput(f"max_shard_bytes: got {max_shard_bytes!r}, allowed a positive number of bytes")
+    if isinstance(source, str | bytes):
+        raise UnsupportedInput(f"source: got {source!r}, allowed a module, a Checkpoint, or names and tensors")
     found_act, found_mode, found_config = _settings_of(source, spelling)
     settings = formats.Settings(act or found_act, scale_mode or found_mode)
     formats.check_settings(spelling, settings)
-    if path.is_file() or path.suffix == ".safetensors":
+    if (os.path.lexists(path) and not path.is_dir()) or path.suffix == ".safetensors":
         raise UnsupportedInput(f"path: got {str(path)!r}, allowed a folder")
-    old = [path / name for name in (files.SINGLE, files.INDEX) if (path / name).exists()]
-    if old and not overwrite:
-        raise BadCheckpoint(f"{path}: got {old[0].name} in it, allowed no checkpoint; overwrite=True replaces it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    if not overwrite:
+        _refuse_replacing(path, (files.SINGLE, files.INDEX, files.CONFIG))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder that exists: its parent may be somewhere else, or not ours to write to.
+    temporary = (path if path.exists() else path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
     temporary.mkdir()
     try:
         excluded = _write_tensors(_spelled(_tensors_of(source), spelling), temporary, max_shard_bytes)
@@ -83,39 +91,80 @@ def save_checkpoint(
         for file in temporary.iterdir():
             shutil.copymode(temporary / files.CONFIG, file)  # safetensors lets nobody else read what it writes
         open_checkpoint(temporary)  # names that mean something else in this format are refused here
-        _publish(temporary, path)
+        _publish(temporary, path, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
+def _refuse_replacing(path: pathlib.Path, names: Iterable[str]) -> None:
+    for name in names:
+        if os.path.lexists(path / name):
+            raise BadCheckpoint(f"{path}: got {name} in it, allowed no checkpoint; overwrite=True replaces it")
+
+
+def _publish(temporary: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
     """All files of the old checkpoint go aside before the first new one comes; after an error they are back."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    new = [file.name for file in temporary.iterdir()]
-    old = {files.SINGLE, files.INDEX, *new}
-    if (path / files.INDEX).exists():
-        old |= set(files.read_json(path / files.INDEX).get("weight_map", {}).values())
-    # Never outside of the folder. A link is there, whatever it leads to.
-    old = {name for name in old if pathlib.PurePath(name).name == name and os.path.lexists(path / name)}
-    aside = temporary.with_suffix(".old")
-    aside.mkdir()
-    placed = []
+    with contextlib.suppress(FileExistsError, NotADirectoryError):
+        if not path.exists():
+            _rename_to_nothing(temporary, path)
+            return
+    with _alone_in(path):
+        new = sorted(file.name for file in temporary.iterdir())
+        if not overwrite:  # one may have come in the meantime
+            _refuse_replacing(path, (files.SINGLE, files.INDEX, *new))
+        # A link is there, whatever it leads to.
+        old = [name for name in {files.SINGLE, files.INDEX, *_shards(path), *new} if os.path.lexists(path / name)]
+        aside = path / f"{temporary.name}.old"
+        aside.mkdir()
+        try:
+            for name in old:
+                (path / name).rename(aside / name)
+            for name in new:
+                (temporary / name).rename(path / name)
+        except BaseException:
+            for name in new:
+                if not (temporary / name).exists():
+                    (path / name).unlink()
+            for file in aside.iterdir():
+                file.rename(path / file.name)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside)
+
+
+def _rename_to_nothing(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """FileExistsError if something is there by now."""
     try:
-        for name in old:
-            (path / name).rename(aside / name)
-        for name in new:
-            (temporary / name).rename(path / name)
-            placed.append(name)
-    except BaseException:
-        for name in placed:
-            (path / name).unlink()
-        for file in aside.iterdir():
-            file.rename(path / file.name)
-        aside.rmdir()
+        temporary.rename(path)
+    except OSError:
+        if path.exists():
+            raise FileExistsError(str(path)) from None
         raise
-    shutil.rmtree(aside)
+
+
+def _shards(path: pathlib.Path) -> list[str]:
+    """Files that an old index names, if it can be read: of what is damaged, the rest stays."""
+    try:
+        named = files.read_json(path / files.INDEX).get("weight_map", {}).values()
+    except (BadCheckpoint, AttributeError):
+        return []
+    return [name for name in named if files.is_shard(name) and not (path / name).is_dir()]
+
+
+@contextlib.contextmanager
+def _alone_in(path: pathlib.Path) -> Iterator[None]:
+    """One process at a time; the system takes the lock from one that dies. Windows has none, nor locks of folders."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _settings_of(source: object, spelling: formats.Format) -> tuple[str, str, dict[str, Any]]:
