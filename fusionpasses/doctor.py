@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    found = examine(args.provider)
+    found = examine(None if args.provider == "auto" else args.provider)
     print(json.dumps(found, indent=2) if args.json else text(found))
     return 1 if found["problems"] else 0
 

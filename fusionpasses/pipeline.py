@@ -58,7 +58,7 @@ def identity(config: FusionConfig, anchors: tuple[Anchor, ...]) -> str:
         "sources": source_digest(),
         "config": repr(config),
         "anchors": [repr(a) for a in anchors],
-        "providers": {kind: providers.summary(kind) for kind in ("cpu", "cuda")},
+        "providers": {kind: (providers.summary(kind), providers.decided(kind)) for kind in ("cpu", "cuda")},
         "versions": {
             "torch": torch.__version__,
             **{name: probes.distribution_version(name) for name in ("triton", "amd-aiter")},

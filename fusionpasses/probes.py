@@ -7,6 +7,7 @@ driver does not tell, initialises no device. Its verdict can be printed, and is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,7 @@ from fusionpasses._verdict import Verdict as Verdict
 
 _P = ParamSpec("_P")
 _kept: list[dict[object, Verdict]] = []
+_forgets: list[Callable[[], None]] = []
 
 
 def _probe(question: Callable[_P, Verdict]) -> Callable[_P, Verdict]:
@@ -29,28 +31,39 @@ def _probe(question: Callable[_P, Verdict]) -> Callable[_P, Verdict]:
 
     @functools.wraps(question)
     def ask(*args: _P.args, **kwargs: _P.kwargs) -> Verdict:
-        key = (args, tuple(kwargs.items()))
-        if key not in answers:
-            try:
+        # Import hooks, broken installations, drivers, arguments that are none: whatever it is, it is no yes.
+        try:
+            key = (args, tuple(kwargs.items()))
+            if key not in answers:
                 answers[key] = question(*args, **kwargs)
-            except Exception as error:  # import hooks, broken installations, drivers: whatever it is, it is no yes
-                answers[key] = Verdict(False, f"{question.__name__} failed with {type(error).__name__}: {error}")
-        return answers[key]
+            return answers[key]
+        except (Exception, SystemExit) as error:
+            failed = Verdict(False, f"{question.__name__} failed with {type(error).__name__}: {error}")
+            with contextlib.suppress(TypeError):  # what cannot be a key
+                answers[key] = failed
+            return failed
 
     return ask
 
 
+def forget_with(forget: Callable[[], None]) -> None:
+    """Have ``reset`` call this, too: what follows from answers goes with them."""
+    _forgets.append(forget)
+
+
 def reset() -> None:
-    """Forgets every answer: for tests, and after something was installed."""
+    """Forgets every answer, and what follows from them: for tests, and after something was installed."""
     for answers in _kept:
         answers.clear()
+    for forget in _forgets:
+        forget()
 
 
 def distribution_version(name: str) -> str | None:
-    """Version of an installed distribution without importing it, or None."""
+    """Version of an installed distribution without importing it, or None, also where its metadata are damaged."""
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:
         return None
 
 
@@ -128,6 +141,7 @@ def probe_gpu() -> Verdict:
 _AMD_WITHOUT_FP4 = ("gfx90", "gfx94", "gfx10", "gfx11", "gfx120")
 
 
+@_probe
 def probe_fp4_arithmetic(architecture: str) -> Verdict:
     """Can a GPU multiply FP4 numbers as they are? ``architecture`` is "sm_90", "gfx942", ..; unknown ones can."""
     digits = architecture.removeprefix("sm_")

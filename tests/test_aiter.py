@@ -216,6 +216,13 @@ REFUSED = [
     (ROPE, rotated(), rotated(q_nope=empty(5, 3, 64, dtype=BF16)), "q_nope_as_wide_as_kv_c", "width 64"),
     (ROPE, rotated(), rotated(q_nope=empty(5, 0, 32, dtype=BF16)), "some_rows", "no rows"),
     (ROPE, rotated(), rotated(q_pe=strided((5, 3, 16), (2**29, 16, 1), BF16)), "offsets_in_32_bits", "32 bits"),
+    (
+        ROPE,
+        rotated(q_nope=strided((5, 2**23, 32), (0, 32, 1), BF16), q_pe=strided((5, 2**23, 16), (0, 16, 1), BF16)),
+        rotated(q_nope=strided((5, 9 << 20, 32), (0, 32, 1), BF16), q_pe=strided((5, 9 << 20, 16), (0, 16, 1), BF16)),
+        "query_in_32_bits",
+        "in the query",
+    ),
     (ROPE, rotated(), rotated(), "own_kernel_only_on_gfx1250", "Gluon", GFX1250),
     (CONCAT, cached(), cached(dtype=FP16, kv_cache=empty(12, 48, dtype=BF16)), "bfloat16_rows", "float16"),
     (CONCAT, cached(), cached(kv_cache=empty(12, 48, dtype=torch.float8_e4m3fn)), "bfloat16_cache", "saturate"),

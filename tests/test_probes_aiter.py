@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.config
 from aiter_trees import (
     BROKEN,
+    DEBRIS,
     GEMM,
     HIP_ROPE,
     LIVING,
@@ -30,10 +31,10 @@ from aiter_trees import (
 )
 
 import fusionpasses as fp
-from fusionpasses import _aiter_files, probes
+from fusionpasses import _aiter_files, probes, providers
 from fusionpasses.errors import ProviderUnavailable
 from fusionpasses.probes import Verdict
-from fusionpasses.providers import _aiter_import
+from fusionpasses.providers import _aiter_import, _aiter_source
 
 FUNCTIONS = tuple(_aiter_files.CAPABILITIES)
 ONLY_NEW = ("fused_qk_rope_concat_and_cache_mla",)
@@ -253,6 +254,37 @@ def test_whatever_looking_for_it_raises_is_a_no(monkeypatch):
     assert probes.probe_aiter().why.startswith("probe_aiter failed with ValueError")
 
 
+def test_what_is_no_question_is_a_no_too(monkeypatch):
+    assert probes.probe_aiter_capability([]).why.startswith("probe_aiter_capability failed with TypeError")
+    assert not probes.probe_fp4_arithmetic(None)
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "aiter":
+                raise SystemExit(3)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert probes.probe_aiter() == Verdict(False, "probe_aiter failed with SystemExit: 3")
+
+
+def test_damaged_metadata_are_no_version(tmp_path, monkeypatch):
+    (tmp_path / "amd_aiter-1.0.dist-info").mkdir()
+    (tmp_path / "amd_aiter-1.0.dist-info" / "METADATA").write_bytes(b"Version: \xff")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert probes.distribution_version("amd-aiter") is None
+
+
+def test_reset_forgets_who_was_chosen(tree, amd_gpu):
+    op = "fused_rope_mla_kv_cache.absorbed"
+    amd_gpu(90500)
+    assert providers.select(op, "cuda") == "triton"
+    before = providers.decided("cuda")
+    tree(NEW)
+    probes.reset()
+    assert providers.select(op, "cuda") == "aiter"
+    assert providers.decided("cuda") != before
+
+
 def test_answers_are_kept_until_reset(tree):
     assert not probes.probe_aiter()
     tree(NEW)
@@ -411,6 +443,110 @@ def test_an_import_that_raises_leaves_nothing(tree):
     assert _aiter_import.failure(FUNCTIONS[2]) == reasons[0]
     # The probe goes by files, and says what it said.
     assert probes.probe_aiter_capability(FUNCTIONS[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"__init__.py": "raise SystemExit(3)\n"}, "importing aiter failed with SystemExit: 3"),
+        (
+            {"__init__.py": f"{DEBRIS}raise RuntimeError('ROCm version file not found')\n"},
+            "importing aiter failed with RuntimeError",
+        ),
+        (
+            {"ops/triton/fusions/fused_kv_cache.py": "def fused_qk_rope_cat_and_cache_mla(): pass\n"
+             "fused_qk_rope_cat_and_cache_mla = dict.fromkeys\n"},
+            "is not here|cannot be examined, with|signature that no known release",
+        ),
+        (
+            {"ops/triton/fusions/fused_kv_cache.py": "def fused_qk_rope_cat_and_cache_mla(): pass\n"
+             "fused_qk_rope_cat_and_cache_mla = type\n"},
+            "cannot be examined, with ValueError: no signature found",
+        ),
+    ],
+    ids=["exits", "raises", "a method", "a class in C"],
+)  # fmt: skip
+def test_who_asks_for_an_aiter_that_fails_is_told_at_once(tree, amd_gpu, files, words):
+    tree({**BROKEN, "__init__.py": "", **files})
+    amd_gpu(90500)
+    before = state()
+    for _ in range(2):
+        with pytest.raises(ProviderUnavailable, match=rf"'aiter' was asked for and can run no op here: .*({words})"):
+            fp.fusion_backend(provider="aiter")
+        assert providers.select("fused_rope_mla_kv_cache.absorbed", "cuda") == "triton"
+    if "__init__.py" in files:  # else AITER itself stays
+        assert changes(before) == []
+    # A graph of a process in which it works is not this one's.
+    decided = providers.decided("cuda")
+    tree(NEW, "other")
+    probes.reset()
+    _aiter_import.reset()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "aiter"]:
+        del sys.modules[name]
+    assert providers.decided("cuda") != decided
+
+
+def test_logging_itself_is_as_before_after_a_failure(tree):
+    class Other(logging.Logger):
+        pass
+
+    change = (
+        "import logging\nlogging.disable(50)\nlogging.setLogRecordFactory(lambda *a, **k: None)\n"
+        "class Other(logging.Logger): pass\nlogging.setLoggerClass(Other)\nraise RuntimeError\n"
+    )
+    tree({**BROKEN, "__init__.py": change})
+    before = logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()
+    with pytest.raises(ProviderUnavailable):
+        _aiter_import.load(FUNCTIONS[0])
+    assert (logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()) == before
+
+
+def test_a_function_that_uses_what_it_never_imports(tree):
+    """gemm_afp4wfp4_preshuffled_scales of 0.1.10 calls a kernel by a name that is not there."""
+    file = "ops/triton/gemm/basic/gemm_afp4wfp4.py"
+    name = "gemm_afp4wfp4_preshuffled_scales"
+    tree(
+        {**NEW, file: function("gemm_afp4wfp4", f"{GEMM}, skip_reduce=False") + function(name, GEMM, "_kernel(len(x))")}
+    )
+    with pytest.raises(ProviderUnavailable, match=rf"AITER's {name} in .* uses '_kernel', which is not defined there"):
+        _aiter_import.load(name)
+    assert _aiter_import.load("gemm_afp4wfp4")
+
+
+def test_rows_without_queries_are_not_for_releases_that_count_both(tree):
+    file = "ops/triton/fusions/fused_kv_cache.py"
+    name, arguments = "fused_qk_rope_cat_and_cache_mla", {}
+    for text, refused in (("assert b == b2 == bk == bk2\n", True), ("assert b == b2 and b <= bk\n", False)):
+        tree({**NEW, file: f"def check(b, b2, bk, bk2):\n    {text}{NEW[file]}"}, f"refused {refused}")
+        _aiter_import.reset()
+        probes.reset()
+        for module in [module for module in sys.modules if module.partition(".")[0] == "aiter"]:
+            del sys.modules[module]
+        loaded, _ = _aiter_import.load(name)
+        why = _aiter_source.refused("concat_and_cache_mla.default", name, loaded, arguments)
+        assert why.startswith("rows without queries") is refused
+        assert not _aiter_source.refused("fused_rope_mla_kv_cache.absorbed", name, loaded, arguments)
+
+
+@pytest.mark.parametrize("name", ["gemm_afp4wfp4", "gemm_afp4wfp4_preshuffled_scales"])
+def test_widths_are_whole_tiles_for_releases_that_read_scales_behind_the_end(tree, name):
+    file, kernels = "ops/triton/gemm/basic/gemm_afp4wfp4.py", "ops/triton/_triton_kernels/gemm.py"
+    header = f"from aiter.{kernels[:-3].replace('/', '.')} import _gemm_afp4wfp4_kernel\n"
+    jit = "class Jit:\n    def __init__(self, fn): self.fn = fn\n"
+    for load, refused in (("load(a_scale_ptrs)", True), ("load(a_scale_ptrs, mask=scale_mask)", False)):
+        kernel = f"{jit}@Jit\n@Jit\ndef _gemm_afp4wfp4_kernel():\n    {load}\n"
+        files = {**NEW, kernels: kernel, "ops/triton/_triton_kernels/__init__.py": "", file: header + NEW[file]}
+        tree(files, f"refused {refused}")
+        _aiter_import.reset()
+        probes.reset()
+        for module in [module for module in sys.modules if module.partition(".")[0] == "aiter"]:
+            del sys.modules[module]
+        loaded, _ = _aiter_import.load(name)
+        for width, fits in ((1024, True), (7168, True), (1536, False), (768, False)):
+            given = {"x_codes": torch.empty(4, width // 2, dtype=torch.uint8)}
+            why = _aiter_source.refused("mxfp4_gemm.default", name, loaded, given)
+            assert bool(why) is (refused and not fits), why
+        assert not _aiter_source.refused("mxfp4_gemm.default", "gemm_afp4wfp4_preshuffle", loaded, given)
 
 
 def test_the_same_import_without_the_error_keeps_what_aiter_needs(tree):
@@ -593,6 +729,14 @@ def test_how_codes_are_rounded_decides_the_release_too(tree, name):
             _aiter_import.load(name)
         # What quantises nothing does not mind.
         assert _aiter_import.load("gemm_afp4wfp4")[1] == "new"
+
+
+def test_the_layout_of_old_releases_with_the_rounding_of_new_ones(tree):
+    """amd-aiter 0.1.8: dynamic_mxfp4_quant, whose signature never changed, rounds to even."""
+    file = "ops/triton/_triton_kernels/quant.py"
+    tree({**OLD, file: NEW["ops/triton/_triton_kernels/quant/quant.py"]})
+    assert _aiter_import.load("dynamic_mxfp4_quant")[1] == "new"
+    assert _aiter_import.load("gemm_afp4wfp4")[1] == "old"
 
 
 def test_the_digest_is_of_code_alone():

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fusionpasses import _aiter_numerics
+from fusionpasses import _aiter_numerics, probes
 from fusionpasses._aiter_numerics import FUNCTIONS, LEVELS, Level
 from fusionpasses.config import PROVIDER_CHOICES
 from fusionpasses.errors import ProviderUnavailable
@@ -105,16 +105,18 @@ def usable(provider: str, op: str, device_type: str) -> Verdict:
 
 
 def require(requested: str) -> None:
-    """Nothing, if a provider that was named can run an op on a GPU of this machine. Imports nothing.
+    """Nothing, if a provider that was named can run an op on a GPU of this machine; AITER is imported for that.
 
     Raises:
         ProviderUnavailable: it can run none, so that whatever is compiled would not have it.
     """
     if requested == "auto" or requested not in (*PREFERENCE, *BY_NAME):
         return
-    answers = {op: verdict(requested, op, "cuda") for op in sorted(_IMPLEMENTS["triton"])}
-    if any(answers.values()):
-        return
+    answers = {}
+    for op in sorted(_IMPLEMENTS["triton"]):
+        answers[op] = usable(requested, op, "cuda")
+        if answers[op]:
+            return
     if is_rule(requested):  # why an op is none that AITER runs anywhere says nothing about this machine
         answers = {op: why for op, why in answers.items() if _aiter_numerics.serves(op, level=LEVELS[requested])}
     reasons = dict.fromkeys(_all_of_it(requested, op, answer.why) for op, answer in answers.items())
@@ -209,6 +211,18 @@ def foreseen(provider: str, op: str, arguments: dict[str, Any]) -> Verdict:
     from fusionpasses.providers import aiter
 
     return aiter.judge(op, arguments, LEVELS[provider])
+
+
+probes.forget_with(_imports.cache_clear)
+probes.forget_with(select.cache_clear)
+
+
+def decided(device_type: str) -> dict[str, str]:
+    """Who runs every op on a device type by default: part of the cache identity. Imports AITER where it is here.
+
+    What one process found out by importing AITER is not so in another in which that fails.
+    """
+    return {op: select(op, device_type) for op in sorted(_IMPLEMENTS["triton"])}
 
 
 def summary(device_type: str) -> dict[str, dict[str, str]]:

@@ -24,9 +24,11 @@ told by no signature either: the code that does it is compared with what is know
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import copy
 import dataclasses
+import dis
 import importlib
 import inspect
 import logging
@@ -153,6 +155,12 @@ def _load(capability: str) -> tuple[Callable[..., Any], str]:
     except ProviderUnavailable as error:
         _failed[capability] = str(error)
         raise
+    except Exception as error:  # seen: a function in C, which has no signature; a file that is no Python
+        _failed[capability] = (
+            f"AITER's {capability} in {file} cannot be examined, with {type(error).__name__}: {error}; use "
+            f"provider='auto' or 'triton'; {_aiter_files.INSTALL}"
+        )
+        raise ProviderUnavailable(_failed[capability]) from error
 
 
 def _import(name: str, key: str) -> ModuleType:
@@ -160,7 +168,8 @@ def _import(name: str, key: str) -> ModuleType:
     try:
         with _traces_removed():
             return importlib.import_module(name)
-    except Exception as error:  # seen: ImportError, RuntimeError, AttributeError, KeyError, AssertionError, OSError
+    # Seen: ImportError, RuntimeError, AttributeError, KeyError, AssertionError, OSError. A package may exit, too.
+    except (Exception, SystemExit) as error:
         _failed[key] = (
             f"importing {name} failed with {type(error).__name__}: {error}; AITER needs ROCm and a GPU it knows. It is "
             "not tried again in this process; use provider='auto' or 'triton', or make `python -c 'import "
@@ -187,7 +196,8 @@ def _checked(
     optional = all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
     for form in FORMS[name]:
         if names == form.parameters and optional and form.guarded in (None, guarded):
-            return function, _rounding_release(root, name, form.release or layout)
+            _require_names(function, file)
+            return function, _rounding_release(root, name, form.release, layout)
     raise ProviderUnavailable(
         f"AITER's {name} has a signature that no known release had: got ({', '.join(map(str, parameters.values()))}) "
         f"in {file}, allowed {' or '.join('(' + form.parameters.replace(' ', ', ') + ')' for form in FORMS[name])}; "
@@ -195,20 +205,34 @@ def _checked(
     )
 
 
-def _rounding_release(root: pathlib.Path, name: str, release: str) -> str:
+def _require_names(function: Callable[..., Any], file: pathlib.Path) -> None:
+    """That all its global names exist: releases had a function that calls one that it never imports (0.1.10)."""
+    function = inspect.unwrap(function)
+    code, known = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    names = [] if code is None else [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    missing = [name for name in names if name not in known and not hasattr(builtins, name)]
+    if missing:
+        raise ProviderUnavailable(
+            f"AITER's {function.__name__} in {file} uses {missing[0]!r}, which is not defined there: it cannot run in "
+            f"this release; use provider='auto' or 'triton'; {_aiter_files.INSTALL}"
+        )
+
+
+def _rounding_release(root: pathlib.Path, name: str, release: str | None, layout: str) -> str:
     """The release of a function: of one that quantises, "new" only if its code is known to round as new ones do.
 
-    Releases with the signatures of new ones rounded as old ones do (0.1.7).
+    Releases with the signatures of new ones rounded as old ones do (0.1.7), and some with the layout of old ones as new
+    ones (0.1.8).
     """
     if name not in _aiter_files.QUANTISING:
-        return release
+        return release or layout
     rounding, where = _aiter_files.rounding(root)
     if rounding is None:
         raise ProviderUnavailable(
             f"AITER's {name} rounds by code that no known release had: got {where}, allowed that of ROCm/aiter e404860 "
             "(2026-08-22) or amd-aiter 0.1.7; use provider='auto' or 'triton'"
         )
-    return release if rounding == "new" else rounding
+    return release if release is not None and rounding == "new" else rounding
 
 
 def declared(
@@ -259,10 +283,14 @@ def _traces_removed() -> Iterator[None]:
     settings = dynamo.get_config_copy()
     ignored = copy.copy(dynamo.ignore_logger_methods)
     loggers = _loggers()
+    of_logging = logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()
     try:
         yield
     except BaseException:
         _restore_modules(modules, root)
+        logging.disable(of_logging[0])
+        logging.setLoggerClass(of_logging[1])
+        logging.setLogRecordFactory(of_logging[2])
         for each, before in zip(lists, entries, strict=True):
             each[:] = before
         _restore_loggers(loggers)

@@ -197,6 +197,12 @@ def _steps(x: Tensor) -> list[tuple[int, int]]:
     return list(zip(x.shape, x.stride(), strict=True))[:-1]
 
 
+def query_in_32_bits(call: Call) -> str | None:
+    # [q_nope, q_pe], which is written, is larger than either.
+    reach = call.of("q_nope").numel() + call.of("q_pe").numel()
+    return None if reach < INT32 else f"offsets: got up to {reach} in the query; AITER computes them in 32 bits"
+
+
 def hip_offsets_in_32_bits(call: Call) -> str | None:
     q = call.of("q_nope")
     # Of one token's heads, and some that are looked ahead to. Tokens, and slots, are counted in 64 bits.

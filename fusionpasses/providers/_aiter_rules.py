@@ -103,6 +103,7 @@ RULES: dict[str, dict[str, Route]] = {
                 rope.zeros_keep_their_sign,
                 rope.cos_and_sin_alike,
                 of.offsets_of("q_nope", "q_pe", "k_pe", "kv_c", "cos"),
+                rope.query_in_32_bits,
             ),
             (rope.angles_rounded_alike,),
         ),

@@ -35,7 +35,7 @@ from fusionpasses._aiter_numerics import LEVELS, Level
 from fusionpasses.kernels import arch
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.probes import Verdict
-from fusionpasses.providers import _aiter_conditions, _aiter_import, _aiter_rules, triton
+from fusionpasses.providers import _aiter_conditions, _aiter_import, _aiter_rules, _aiter_source, triton
 from fusionpasses.providers._aiter_conditions import Target, row_stride, slot_stride
 
 log = logging.getLogger(__name__)
@@ -307,7 +307,8 @@ def choose(op: str, arguments: dict[str, Any], level: Level) -> _aiter_rules.Cho
 
     def look(name: str) -> tuple[str, str]:
         function, release = _aiter_import.load(name)
-        return release, _refused_by_its_state(name, function, arguments)
+        refused = _aiter_source.refused(op, name, function, arguments)
+        return release, refused or _refused_by_its_state(name, function, arguments)
 
     return _aiter_rules.choose(op, arguments, target(arguments), level=level, look=look)
 
@@ -407,4 +408,6 @@ def _matrix(x: Tensor) -> Tensor:
 def _conformed(x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """AITER's codes and scales of ``x [..., N]`` in our shapes, contiguous: its scales may be transposed."""
     code_shape, scale_shape = _mxfp4.packed_shapes(x)
-    return codes.contiguous().view(code_shape), scales.contiguous().view(scale_shape)
+    # Through one dimension: a tensor that has an axis of size 1 is contiguous with any stride there.
+    codes, scales = codes.contiguous().view(-1), scales.contiguous().view(-1)
+    return codes.view(code_shape), scales.view(scale_shape)
