@@ -108,6 +108,10 @@ def package() -> Package:
         where = folders[0] if folders else "a folder"
         return Package(None, f"`aiter` is {where}, which has no __init__.py and is no package; {fix}", wrong=True)
     root = folders[0]
+    if not root.is_dir():
+        return Package(
+            None, f"`aiter` at {root} is in an archive, and its files cannot be read there; {INSTALL}", wrong=True
+        )
     if not (root / "ops").is_dir():
         return Package(
             None,

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -181,6 +182,15 @@ def test_a_folder_or_module_of_that_name_is_no_package(tree, tmp_path, monkeypat
     probes.reset()
     assert "a single module and not AMD's AITER" in probes.probe_aiter().why
     assert all(not probe() for probe in (probes.probe_aiter, *PUBLIC))
+
+
+def test_an_archive_is_called_one(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "aiter.zip", "w") as archive:
+        for name, text in NEW.items():
+            archive.writestr(f"aiter/{name}", text)
+    monkeypatch.syspath_prepend(str(tmp_path / "aiter.zip"))
+    assert re.search(r"`aiter` at .*aiter.zip/aiter is in an archive", probes.probe_aiter().why)
+    assert not any(answer for answer in everything())
 
 
 @pytest.mark.parametrize(("files", "layout"), [(NEW, "new"), (OLD, "old")], ids=["new", "old"])
@@ -492,13 +502,19 @@ def test_logging_itself_is_as_before_after_a_failure(tree):
 
     change = (
         "import logging\nlogging.disable(50)\nlogging.setLogRecordFactory(lambda *a, **k: None)\n"
-        "class Other(logging.Logger): pass\nlogging.setLoggerClass(Other)\nraise RuntimeError\n"
+        "class Other(logging.Logger): pass\nlogging.setLoggerClass(Other)\nlogging.addLevelName(20, 'NOTE')\n"
+        "raise RuntimeError\n"
     )
     tree({**BROKEN, "__init__.py": change})
     before = logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()
     with pytest.raises(ProviderUnavailable):
         _aiter_import.load(FUNCTIONS[0])
     assert (logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()) == before
+    assert (logging.getLevelName(20), logging.getLevelName("INFO"), logging.getLevelName("NOTE")[:5]) == (
+        "INFO",
+        20,
+        "Level",
+    )
 
 
 def test_a_function_that_uses_what_it_never_imports(tree):

@@ -8,7 +8,7 @@ failed, it leaves its modules half loaded   taken out of ``sys.modules``
 it puts its folders before all others in    taken out after a failure, else moved to the end: they hold modules with
 ``sys.path``, at every try                  names as common as ``core``, but AITER finds those it compiles there
 failed, it leaves an import hook            taken out of ``sys.meta_path``
-its logger gets a handler and stops         undone after a failure
+its logger gets a handler and stops         undone after a failure, as all that can be set of logging
 passing messages on
 it sets Dynamo's ``ignore_logger_methods``  undone always: torch takes the functions in it for names
 ==========================================  ===========================================================================
@@ -284,6 +284,7 @@ def _traces_removed() -> Iterator[None]:
     ignored = copy.copy(dynamo.ignore_logger_methods)
     loggers = _loggers()
     of_logging = logging.root.manager.disable, logging.getLoggerClass(), logging.getLogRecordFactory()
+    names_of_levels = [(names, dict(names)) for names in (logging._levelToName, logging._nameToLevel)]
     try:
         yield
     except BaseException:
@@ -291,6 +292,9 @@ def _traces_removed() -> Iterator[None]:
         logging.disable(of_logging[0])
         logging.setLoggerClass(of_logging[1])
         logging.setLogRecordFactory(of_logging[2])
+        for names, known in names_of_levels:
+            names.clear()
+            names.update(known)  # type: ignore[arg-type]  # each with its own
         for each, before in zip(lists, entries, strict=True):
             each[:] = before
         _restore_loggers(loggers)
