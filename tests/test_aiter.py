@@ -372,6 +372,17 @@ def test_the_hip_op_runs_where_what_it_writes_is_rounded():
     assert not accepts(ROPE, flat(latent=384), target=ROCM6, level=Level.FAST)
 
 
+@pytest.mark.parametrize("shape", [(3, 32), (2, 3, 32), (32,), (4, 64)])
+def test_codes_and_scales_have_the_strides_of_the_contract(shape):
+    x = torch.randn(shape)
+    codes, scales = _mxfp4.quantize(x.view(-1, shape[-1]), "even")
+    # As AITER makes them: of one block a row, contiguous with a stride that nobody steps by.
+    scales = torch.empty_strided(scales.shape, (1, len(scales)), dtype=torch.uint8).copy_(scales)
+    want = _mxfp4.fake_quantized(x)
+    for got, contract in zip(aiter._conformed(x, codes, scales), want, strict=True):
+        assert (got.shape, got.stride()) == (contract.shape, contract.stride())
+
+
 def test_every_rule_has_a_case():
     every = {
         c.__name__ for routes in _aiter_rules.RULES.values() for route in routes.values() for c in conditions_of(route)

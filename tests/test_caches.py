@@ -158,6 +158,14 @@ class Hashed(CustomGraphPass):
         return self.name
 
 
+def test_who_was_chosen_is_part_of_the_identity(monkeypatch):
+    """In another process AITER may be here, and its import fail."""
+    before = pipeline.identity(fp.FusionConfig(), ())
+    assert pipeline.identity(fp.FusionConfig(), ()) == before
+    monkeypatch.setattr(providers, "decided", lambda device_type: {"mxfp4_gemm.default": "somebody else"})
+    assert pipeline.identity(fp.FusionConfig(), ()) != before
+
+
 def test_the_users_pass_is_part_of_the_identity():
     model, x, hook = Projection(), tokens(), "post_grad_custom_pre_pass"
     compile_and_run(model, x, options={hook: Hashed("one")})
