@@ -63,7 +63,7 @@ def distribution_version(name: str) -> str | None:
     """Version of an installed distribution without importing it, or None, also where its metadata are damaged."""
     try:
         return importlib.metadata.version(name)
-    except Exception:
+    except Exception:  # not found, or damaged: bytes that are no text, paths that are none
         return None
 
 

@@ -104,10 +104,13 @@ def _refuse_replacing(path: pathlib.Path, names: Iterable[str]) -> None:
 
 def _publish(temporary: pathlib.Path, path: pathlib.Path, overwrite: bool) -> None:
     """All files of the old checkpoint go aside before the first new one comes; after an error they are back."""
-    with contextlib.suppress(FileExistsError, NotADirectoryError):
-        if not path.exists():
-            _rename_to_nothing(temporary, path)
+    if not path.exists():
+        try:
+            temporary.rename(path)
             return
+        except OSError:
+            if not path.exists():  # else one has come in the meantime
+                raise
     with _alone_in(path):
         new = sorted(file.name for file in temporary.iterdir())
         if not overwrite:  # one may have come in the meantime
@@ -130,16 +133,6 @@ def _publish(temporary: pathlib.Path, path: pathlib.Path, overwrite: bool) -> No
             aside.rmdir()
             raise
         shutil.rmtree(aside)
-
-
-def _rename_to_nothing(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """FileExistsError if something is there by now."""
-    try:
-        temporary.rename(path)
-    except OSError:
-        if path.exists():
-            raise FileExistsError(str(path)) from None
-        raise
 
 
 def _shards(path: pathlib.Path) -> list[str]:

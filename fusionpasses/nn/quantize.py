@@ -91,12 +91,14 @@ def quantize_mxfp4(
     summary = QuantizeSummary()
     keep = _kept_by_default(model) if filter is None else None
     replacements: dict[nn.Module, Mxfp4Linear] = {}
-    names: dict[nn.Module, list[str]] = {}
+    names: dict[Any, list[str]] = {}  # linears are not told from other modules by their type
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
 
     def reason_of(name: str, module: nn.Module) -> str | None:
-        reason = _not_quantizable(module) or _read_by_parent(model, name)
+        reason = _not_quantizable(module)
+        if reason is None:
+            reason = _read_by_parent(model, name)
         if reason is None and keep is not None:
             return keep(name, module)
         if reason is None and filter is not None and not filter(name, module):
@@ -105,11 +107,8 @@ def quantize_mxfp4(
 
     for module, known_as in names.items():
         name = known_as[0]
-        if type(module) is not nn.Linear:
-            reason = _not_quantizable(module)
-        else:
-            # Under all its names: a projection that is the output, too, is the output.
-            reason = next((reason for name in known_as if (reason := reason_of(name, module)) is not None), None)
+        # Under all its names: a projection that is the output, too, is the output.
+        reason = next((reason for each in known_as if (reason := reason_of(each, module)) is not None), None)
         if reason is not None:
             if reason:
                 summary.left[name] = reason
@@ -181,7 +180,7 @@ def _kept_by_default(model: nn.Module) -> Callable[[str, nn.Module], str | None]
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             embeddings.add(module.weight)
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(NotImplementedError):  # a part of a model that has none
             outputs.add(getattr(module, "get_output_embeddings", lambda: None)())
 
     def keep(name: str, module: nn.Module) -> str | None:

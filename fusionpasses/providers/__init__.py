@@ -213,10 +213,6 @@ def foreseen(provider: str, op: str, arguments: dict[str, Any]) -> Verdict:
     return aiter.judge(op, arguments, LEVELS[provider])
 
 
-probes.forget_with(_imports.cache_clear)
-probes.forget_with(select.cache_clear)
-
-
 def decided(device_type: str) -> dict[str, str]:
     """Who runs every op on a device type by default: part of the cache identity. Imports AITER where it is here.
 
@@ -236,3 +232,7 @@ def summary(device_type: str) -> dict[str, dict[str, str]]:
         }
         for op in ops
     }
+
+
+for _cached in (_imports, select):
+    probes.forget_with(_cached.cache_clear)

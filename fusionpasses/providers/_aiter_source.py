@@ -1,6 +1,6 @@
 """What AITER's code says of defects that some releases had, where neither a signature nor a result tells.
 
-Releases with the same functions differ in these; so the text is looked at, once for each file.
+Releases with the same functions differ in these; so the text is looked at, once for each function.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def refused(op: str, name: str, function: Callable[..., Any], arguments: Mapping
     return ""
 
 
+@functools.cache
 def _masks_scales(function: Callable[..., Any]) -> bool:
     """Does the file with the kernels mask scales? Where none is found, as with something in AITER's place, yes."""
     module = sys.modules.get(function.__module__)
@@ -47,12 +48,12 @@ def _inner(kernel: Any) -> Any:
     return _inner(kernel.fn) if hasattr(kernel, "fn") else kernel
 
 
+@functools.cache
 def _says(function: Callable[..., Any], pattern: str) -> bool:
     file = getattr(sys.modules.get(function.__module__), "__file__", None)
     return file is not None and re.search(pattern, _text(pathlib.Path(file))) is not None
 
 
-@functools.cache
 def _text(file: pathlib.Path) -> str:
     try:
         return file.read_text(errors="replace")

@@ -49,20 +49,7 @@ def _mxfp4_gemm(
     w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
-        kernel, options, _ = gemm_choice.choose(tokens, n, width, gpu, w4a4=True, layout=layout)
-        product = Product(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu)
-        if kernel == "mxfp4_gemm":
-            _multiply(product, options, in_order=not mxfp4_gemm.decodes_tokens(tokens, n, width))
-        elif kernel == "mxfp4_gemm_wgmma":
-            _triton_gemm_wgmma.multiply(product, options)
-        elif kernel == "mxfp4_gemm_dot":
-            _triton_gemm_dot.multiply(product, options)
-        else:
-            x = _launch.scratch(x_codes, (tokens, width), torch.bfloat16)
-            _dequantize(x_codes, x_scales, x, "linear", 0, gpu)
-            values = _launch.scratch(w_codes, (n, width), torch.bfloat16)
-            _dequantize(w_codes, w_scales, values, layout, shift, gpu)
-            _by_torch(x, values, bias, out)
+        _launch_chosen(Product(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu))
     return out
 
 
@@ -90,10 +77,10 @@ def _mxfp4_gemm_a16w4(
             summands = _launch.scratch(x, (pieces, tokens, width), torch.bfloat16)
             _launch.torch_call(_take_apart, x, summands)
             sums = _launch.scratch(x, (pieces, tokens, n), torch.float32)
-            _of_bfloat16(product._replace(x=summands, bias=None, out=sums, tokens=pieces * tokens))
+            _launch_chosen(product._replace(x=summands, bias=None, out=sums, tokens=pieces * tokens))
             _launch.torch_call(_add_up, sums, out, *_given(bias))
         else:
-            _of_bfloat16(product)
+            _launch_chosen(product)
     return out
 
 
@@ -104,19 +91,23 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _of_bfloat16(product: Product) -> None:
-    tokens, rows, width, layout, shift, gpu = product[6:]
-    kernel, options, _ = gemm_choice.choose(tokens, rows, width, gpu, layout=layout)
+def _launch_chosen(product: Product) -> None:
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu = product
+    w4a4 = x_scales is not None
+    kernel, options, _ = gemm_choice.choose(tokens, rows, width, gpu, w4a4=w4a4, layout=layout)
     if kernel == "mxfp4_gemm":
-        _multiply(product, options, in_order=False)
+        _multiply(product, options, in_order=w4a4 and not mxfp4_gemm.decodes_tokens(tokens, rows, width))
     elif kernel == "mxfp4_gemm_wgmma":
         _triton_gemm_wgmma.multiply(product, options)
     elif kernel == "mxfp4_gemm_dot":
         _triton_gemm_dot.multiply(product, options)
     else:
-        values = _launch.scratch(product.w_codes, (rows, width), torch.bfloat16)
-        _dequantize(product.w_codes, product.w_scales, values, layout, shift, gpu)
-        _by_torch(product.x, values, product.bias, product.out)
+        if x_scales is not None:
+            codes, x = x, _launch.scratch(x, (tokens, width), torch.bfloat16)
+            _dequantize(codes, x_scales, x, "linear", 0, gpu)
+        values = _launch.scratch(w_codes, (rows, width), torch.bfloat16)
+        _dequantize(w_codes, w_scales, values, layout, shift, gpu)
+        _by_torch(x, values, bias, out)
 
 
 def _multiply(product: Product, options: dict[str, Any], *, in_order: bool) -> None:
