@@ -72,6 +72,24 @@ def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     assert options["PROGRAMS"] <= 288 * -(-tokens // 64) * 28
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("tokens", "rows", "width", "programs"),
+    [
+        (32, 24576, 1536, 384),  # three tiles for each multiprocessor, but for twelve of them
+        (64, 24576, 1536, 384),
+        (128, 24576, 1536, 4 * 132),  # six, of which four fit
+        (32, 24576, 2176, 5 * 132),  # long tiles
+        (32, 18432, 2048, 5 * 132),  # three for some, two for others
+        (32, 16384, 2048, 5 * 132),  # two, and registers suffice for five
+    ],
+)
+def test_a_program_has_a_tile_where_that_is_an_even_share(tokens: int, rows: int, width: int, programs: int) -> None:
+    from fusionpasses.kernels import mxfp4_gemm_wgmma
+
+    assert mxfp4_gemm_wgmma.launch_options(tokens, rows, width, H200)["PROGRAMS"] == programs
+
+
 # ---- interpreted
 
 
@@ -418,7 +436,7 @@ def check_products() -> None:
             tokens,
             rows,
             groups,
-            steps,
+            *divmod(steps, programs),
             programs,
             2.0**shift,
             K=width,

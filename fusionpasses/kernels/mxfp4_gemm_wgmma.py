@@ -32,6 +32,8 @@ MOST_TOKENS = 64
 #: A weight of so many codes and more has enough steps for all programs; of so many, also with 16 tokens and less.
 _ENOUGH = 2**25
 _PLENTY = 2**27
+#: Steps of a tile that is short.
+_SHORT = 8
 _ROWS = 64  # of a warpgroup
 _COLUMN = 128  # elements of K
 
@@ -54,18 +56,25 @@ def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, 
     """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
 
     More rows and more columns of a step were measured and are not faster on an H200. All programs must be on the GPU at
-    once, or the last ones double the time: so many as a multiprocessor has registers for, and no more registers.
+    once, or the last ones double the time: so many as a multiprocessor has registers for, and no more registers. Fewer
+    take longer (four instead of five for each, 13 to 17 %), but where tiles are short and even shares without being
+    cut: no program then waits for another's sums (24576 x 1536 takes 2 to 5 % less).
     """
     groups = -(-tokens // MOST_TOKENS)
     token_tiles = -(-tokens // (8 * groups))
     warpgroups, unrolled = 1, 2
-    steps = -(-rows // (_ROWS * warpgroups)) * groups * -(-width // (_COLUMN * unrolled))
+    tiles = -(-rows // (_ROWS * warpgroups)) * groups
+    steps_of_tile = -(-width // (_COLUMN * unrolled))
     programs, registers = (5, 96) if token_tiles <= 4 else (4, 128)
+    programs = min(tiles * steps_of_tile, programs * arch.processors)
+    most = -(-tiles // arch.processors)  # tiles of a multiprocessor, if each program has one
+    if steps_of_tile <= _SHORT and most >= 3 and 0.9 * most * arch.processors <= tiles <= programs:
+        programs = tiles
     return {
         "TOKEN_TILES": token_tiles,
         "WARPGROUPS": warpgroups,
         "UNROLLED": unrolled,
-        "PROGRAMS": min(steps, programs * arch.processors),
+        "PROGRAMS": programs,
         "maxnreg": registers,
         "num_warps": 4 * warpgroups,
         "enable_fp_fusion": False,
@@ -128,8 +137,9 @@ def mxfp4_gemm_interleave(
 
 
 @triton.jit
-def _first_step(p, steps, programs):
-    return (p.to(tl.int64) * steps // programs).to(tl.int32)
+def _first_step(p, steps_each, left_over, programs):
+    """Of ``p * steps // programs`` no product is too large for int32, of which a division takes a few instructions."""
+    return p * steps_each + p * left_over // programs
 
 
 @triton.jit
@@ -165,7 +175,7 @@ def _tokens_of(x, tile, unit, groups, UNITS: tl.constexpr, STEP: tl.constexpr):
     return x + ((tile % groups).to(tl.int64) * UNITS + unit) * STEP
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "groups", "steps", "programs"])
+@triton.jit(do_not_specialize=["tokens", "rows", "groups", "steps_each", "left_over", "programs"])
 def mxfp4_gemm_wgmma(
     x_ptr,  # from mxfp4_gemm_interleave
     w_ptr,  # layout TILES
@@ -177,7 +187,8 @@ def mxfp4_gemm_wgmma(
     tokens,
     rows,
     groups,  # of tokens: tiles next to each other have the same rows, which are then in the L2 cache
-    steps,
+    steps_each,  # of a program, and how many more all programs have together
+    left_over,
     programs,
     factor,  # float32, a power of two that all sums take
     K: tl.constexpr,
@@ -195,6 +206,8 @@ def mxfp4_gemm_wgmma(
     FIRST_W: tl.constexpr = UNROLLED * X
     FIRST_BARRIER: tl.constexpr = FIRST_W + UNROLLED * W
     SUMS: tl.constexpr = TOKEN_TILES * 4
+    # Sums of other programs that are loaded at once: a load takes as long as hundreds of additions.
+    AT_ONCE: tl.constexpr = 6 if TOKEN_TILES <= 2 else 3 if TOKEN_TILES <= 4 else 2
     tl.static_assert(UNROLLED >= 2, "x of the next column goes to another place than this one's")
     thread = tl.arange(0, THREADS)
     lane = thread % 32
@@ -203,8 +216,8 @@ def mxfp4_gemm_wgmma(
     row_tiles = (rows + 15) // 16
     # Backwards, so that what a program waits for has been started before it.
     p = programs - 1 - tl.program_id(0)
-    begin = _first_step(p, steps, programs)
-    end = _first_step(p + 1, steps, programs)
+    begin = _first_step(p, steps_each, left_over, programs)
+    end = _first_step(p + 1, steps_each, left_over, programs)
     tile = begin // UNITS
     unit = begin - tile * UNITS
 
@@ -228,7 +241,6 @@ def mxfp4_gemm_wgmma(
     if ISA == PTX:
         # The kernel before is mxfp4_gemm_interleave, which has itself waited for all that may have written the weight.
         gdc_wait()
-        gdc_launch_dependents()
     x = x_ptr.to(tl.uint64, bitcast=True).to(tl.int64)
     first_warp = (warp == 0).to(tl.int32)
     here = _tokens_of(x, tile, unit, groups, UNITS, UNROLLED * X)
@@ -236,7 +248,8 @@ def mxfp4_gemm_wgmma(
         _warpgroup.fetch(first_warp, here + i * X, i * X, FIRST_BARRIER + i * 8, X)
     parity = zero
 
-    for _ in tl.range((end - 1) // UNITS - tile + 1):
+    last_tile = (end - 1) // UNITS
+    for _ in tl.range(last_tile - tile + 1):
         stop = tl.minimum(end - tile * UNITS, UNITS)
         start = unit
         sums = ()
@@ -280,6 +293,10 @@ def mxfp4_gemm_wgmma(
                 )
         sums = _warpgroup.finish(sums, TOKEN_TILES)
         late = _warpgroup.afresh(thread)
+        if ISA == PTX:
+            # Not before: programs of the next kernel would all wait on the processors that are done first.
+            if tile == last_tile:
+                gdc_launch_dependents()
 
         if start > 0:
             mine = partial_ptr + p.to(tl.int64) * (SUMS * THREADS) + late
@@ -289,23 +306,35 @@ def mxfp4_gemm_wgmma(
             tl.atomic_xchg(flags_ptr + p, 1, sem="release")
         else:
             # The programs before ``last`` have the rest of the tile. All flags are awaited at once, each by a thread.
-            last = p + 1
-            covered = end
-            while covered < (tile + 1) * UNITS:
+            after_tile = (tile + 1) * UNITS
+            last = p + 1 + tl.maximum(after_tile - end, 0) // (steps_each + 1)  # no more than there are
+            while _first_step(last, steps_each, left_over, programs) < after_tile:
                 last += 1
-                covered = _first_step(last, steps, programs)
             for first in tl.range(p + 1, last, THREADS):
                 other = first + late
                 address = flags_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + other * 4
                 _warpgroup.raised((other < last).to(tl.int32), address)
             _warpgroup.barrier(thread)
             theirs = partial_ptr + (p + 1).to(tl.int64) * (SUMS * THREADS) + late
-            for _other in tl.range(p + 1, last):
-                new = ()
-                for i in tl.static_range(SUMS):
-                    new = new + (sums[i] + tl.load(theirs + i * THREADS, cache_modifier=".cg"),)
-                sums = new
-                theirs += SUMS * THREADS
+            others = last - p - 1
+            while others > 0:
+                parts = ()
+                for j in tl.static_range(AT_ONCE):
+                    for i in tl.static_range(SUMS):
+                        at = theirs + (j * SUMS + i) * THREADS
+                        if j == 0:
+                            parts = parts + (tl.load(at, cache_modifier=".cg"),)
+                        else:
+                            parts = parts + (
+                                tl.load(at, mask=late < (others - j) * THREADS, other=-0.0, cache_modifier=".cg"),
+                            )
+                for j in tl.static_range(AT_ONCE):
+                    new = ()
+                    for i in tl.static_range(SUMS):
+                        new = new + (sums[i] + parts[j * SUMS + i],)
+                    sums = new
+                theirs += AT_ONCE * SUMS * THREADS
+                others -= AT_ONCE
             row = (tile // groups * ROWS + late // 32) * 16 + late % 32 // 4
             token = tile % groups * (TOKEN_TILES * 8) + late % 4 * 2
             for n in tl.static_range(TOKEN_TILES):

@@ -59,7 +59,7 @@ def multiply(product: Product, options: dict[str, Any]) -> None:
         tokens,
         rows,
         groups,
-        -(-rows // (threads // 2)) * groups * units,
+        *divmod(-(-rows // (threads // 2)) * groups * units, programs),
         programs,
         2.0**shift,
         K=width,
