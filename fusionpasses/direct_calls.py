@@ -6,6 +6,10 @@ and what it then calls looks for gradients: with both, a replayed call (``provid
 nothing is lost by going straight to what would be called in the end: ``ops.DIRECT``. A profiler or a dispatch mode that
 is there at run time still sees the op.
 
+Where no size is symbolic, a call in generated code is the same in every step but for addresses: it is a *site*, made at
+the top of the code, whose plan is found without a key. Equal calls, of equal layers, share one. What a site relies on,
+dtypes and sizes, is in its text, so code that Inductor shares because its text is the same relies on the same.
+
 A lowering is registered for each op. It makes the very node that Inductor makes of a custom op by itself, constraints
 on strides and all, but for the name that is written into the code. That is for our graphs alone: the key of a compiled
 graph in Inductor's cache has a hash of this package's sources only there, and what was written for one version of it
@@ -15,13 +19,24 @@ must not be found by another.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import hashlib
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
 from fusionpasses.ops import OPS
 from fusionpasses.pipeline import is_ours
+
+
+class _Site(NamedTuple):
+    text: str
+    others: str  #: arguments that are no tensors, which the site's plan has as they are
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Is it a size that may be another in the next call? Inductor has sympy's numbers and expressions of symbols."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) or bool(getattr(value, "free_symbols", ()))
 
 
 @functools.cache
@@ -39,7 +54,27 @@ def register() -> None:
             if is_ours(config.post_grad_custom_pre_pass) and not V.graph.cpp_wrapper:
                 wrapper.add_import_once("from fusionpasses.ops import DIRECT as fusionpasses")
                 self.python_kernel_name = str(self.op_overload)
+                made = site(self)
+                if made is not None:
+                    overload = str(self.op_overload).replace(".", "_")
+                    self.python_kernel_name = f"{overload}_{hashlib.sha256(repr(made).encode()).hexdigest()[:16]}"
+                    wrapper.add_import_once(f"{self.python_kernel_name} = {made.text}")
             super().codegen(wrapper)
+
+    def site(node: Any) -> _Site | None:
+        """The site of a call all of whose sizes are numbers."""
+        others = (list(node.constant_args), node.kwargs)
+        if any(map(_is_symbolic, pytree.tree_leaves(others))):
+            return None
+        tensors = []
+        for tensor in node.inputs:
+            shape, stride = tensor.get_size(), tensor.get_stride()
+            if any(map(_is_symbolic, (*shape, *stride))):
+                return None
+            shape, stride = (tuple(map(int, values)) for values in (shape, stride))
+            tensors.append((tensor.get_dtype(), str(tensor.get_device()), shape, stride))
+        name = str(node.op_overload).partition(".")[2]
+        return _Site(f"fusionpasses.site({', '.join(map(repr, (name, *tensors)))})", repr(others))
 
     def boxed(made: Any) -> Any:
         if not isinstance(made, ir.IRNode):

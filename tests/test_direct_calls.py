@@ -53,12 +53,44 @@ def test_generated_code_goes_straight_to_the_op(name, dynamic):
     compiled, got, code = compiled_and_code(MODELS[name], x, dynamic=dynamic)
     assert_equal(got, MODELS[name](x))
     body = code[code.index("def call(") :]
-    assert f"fusionpasses.{name}.default(" in body
-    assert not re.search(r"torch\.ops\.fusionpasses[.\w]*\(", body)
+    sites = set(re.findall(r"\bfusionpasses_\w+_default_[0-9a-f]{16}(?=\()", body))
+    if dynamic:
+        assert not sites
+        assert f"fusionpasses.{name}.default(" in body
+    else:
+        assert "fusionpasses.dynamic_mxfp4_quant.default(" not in body
+        assert any(site.startswith(f"fusionpasses_{name}_default_") for site in sites)
+        for site in sites:
+            assert (
+                len(re.findall(rf"^{site} = fusionpasses\.site\('\w+\.default', \(torch\.\w+, 'cpu', \(", code, re.M))
+                == 1
+            )
     for rows in (3, 7):
         x = torch.randn(rows, 64, dtype=torch.bfloat16)
         with torch.no_grad():
             assert_equal(compiled(x), MODELS[name](x))
+
+
+def test_equal_calls_share_a_site_and_others_do_not():
+    def model(x, y):
+        one, two = ours.dynamic_mxfp4_quant(x * 2), ours.dynamic_mxfp4_quant(y * 3)
+        other = ours.dynamic_mxfp4_quant(x * 2, scale_mode="rceil")
+        return *one, *two, *other
+
+    def sites_of(x, y):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=fusion_backend(), fullgraph=True, dynamic=False)
+        with fresh_cache(), torch.no_grad():
+            got, (code,) = run_and_get_code(compiled, x, y)
+        assert_equal(got, model(x, y))
+        return re.findall(r"= (fusionpasses_\w+)\(", code)
+
+    x, y = torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16()
+    one, two, other = sorted(sites_of(x, y), key=sites_of(x, y).count, reverse=True)
+    assert one == two != other
+    # Code is shared among graphs by its text, which a dtype that nothing else tells must therefore be in.
+    assert not {one, other} & set(sites_of(x.half(), y.half()))
+    assert not {one, other} & set(sites_of(x[:4], y[:4]))
 
 
 def test_every_op_has_its_direct_call():

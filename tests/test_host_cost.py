@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fusionpasses import providers
 from fusionpasses.errors import UnsupportedInput
-from fusionpasses.ops import OPS
+from fusionpasses.ops import DIRECT, OPS
 from fusionpasses.probes import probe_triton
-from fusionpasses.providers import _launch
+from fusionpasses.providers import _launch, _plan
 
 pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
@@ -101,7 +101,7 @@ def recorder() -> Iterator[Recorder]:
         for kernel in _kernels():
             patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
         # A replayed launch is given addresses; these tests ask which tensors.
-        patch.setattr(_launch, "_addresses", lambda pool: list(pool))
+        patch.setattr(_plan, "_given", lambda place: f"t{place}")
         patch.setattr(providers, "select", lambda op, device, asked="auto": "triton" if asked == "auto" else asked)
         _launch.forget()
         yield recorder
@@ -511,11 +511,96 @@ def test_plans_hold_no_tensors_and_are_bounded(recorder: Recorder, monkeypatch: 
         args, kwargs = Call(leading=(rows,)).arguments()
         outputs = OPS[Call().name].overload(*args, **kwargs)
         kept += [weakref.ref(value) for value in (*args, *outputs) if isinstance(value, Tensor)]
-        assert sum(map(len, _launch._every_plans)) <= 5
+        assert sum(map(len, _launch._every_plans.values())) <= 5
     recorder.launches.clear()
     del args, outputs
     gc.collect()
     assert not [tensor for tensor in kept if tensor() is not None]
+
+
+def _expected(values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [(v.dtype, str(v.device), tuple(v.shape), v.stride()) for v in values if isinstance(v, Tensor)]
+
+
+@pytest.mark.parametrize("name", EVERY_NAME)
+def test_a_site_launches_as_the_op_does(full_calls: list[str], recorder: Recorder, name: str) -> None:
+    args, kwargs = Call(name).arguments() if name in NAMES else next(iter(OPS[name].samples(torch.device("cpu"))))
+    with torch.no_grad():
+        first = as_tuple(OPS[name].overload(*args, **kwargs))
+        (alone,) = recorder.launches[-1:]
+        site = DIRECT.site(name, *_expected((*args, *kwargs.values())))
+        keys: list[Any] = []
+        for count in range(1, 4):
+            recorder.launches.clear()
+            outputs = as_tuple(site(*args, **kwargs))
+            assert recorder.launches[-1].kernel == alone.kernel
+            assert recorder.launches[-1].grid == alone.grid
+            for one, two in zip(first, outputs, strict=True):
+                assert (one.shape, one.stride(), one.dtype, one.device) == (
+                    two.shape,
+                    two.stride(),
+                    two.dtype,
+                    two.device,
+                )
+                assert any(two is value for launched in recorder.launches for value in launched.args)
+            assert full_calls == [name] * 2, count
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_launch, "call_key", lambda *given: keys.append(given))
+                site(*args, **kwargs)
+    assert not keys
+    _launch.forget()
+    with torch.no_grad():
+        site(*args, **kwargs)
+        site(*args, **kwargs)
+    assert full_calls == [name] * 3
+
+
+def test_a_site_is_not_for_what_it_was_not_made_for(full_calls: list[str], recorder: Recorder) -> None:
+    name = Call().name
+    args, kwargs = Call().arguments()
+    (x, *rest) = args
+    expected = _expected(args)
+    site = DIRECT.site(name, *expected)
+    site(*args, **kwargs)
+    plain = recorder.launches[-1]
+    site(*args, **kwargs)
+    assert full_calls == [name]
+    # Its weight off the alignment that kernels are specialised for: the op launches with a copy.
+    weight = torch.empty(rest[1].numel() + 1, dtype=rest[1].dtype)[1:].copy_(rest[1])
+    site(x, rest[0], weight, *rest[2:], **kwargs)
+    assert recorder.launches[-1].args[2] is not weight
+    assert torch.equal(recorder.launches[-1].args[2], weight)
+    assert full_calls == [name] * 2
+    # Tensors that are not as generated code said: never a plan of the site's own, and each call is what it should be.
+    wrong = DIRECT.site(name, *[(dtype, device, (9, *shape[1:]), stride) for dtype, device, shape, stride in expected])
+    for _ in range(3):
+        wrong(*args, **kwargs)
+        assert recorder.launches[-1].kernel == plain.kernel
+    half = [value.half() if isinstance(value, Tensor) else value for value in args]
+    wrong(*half, **kwargs)
+    assert recorder.launches[-1].kernel != plain.kernel
+
+
+def test_a_site_is_watched(recorder: Recorder) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    args, kwargs = Call(QUANT).arguments()
+    site = DIRECT.site(QUANT, *_expected(args))
+    for _ in range(2):
+        site(*args, **kwargs)
+        with Watch():
+            site(*args, **kwargs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            site(*args, **kwargs)
+        assert "fusionpasses::dynamic_mxfp4_quant" in {event.name for event in profiler.events()}
+    assert seen == [ours.dynamic_mxfp4_quant.default] * 2
 
 
 def test_kernels_that_are_interpreted_are_not_replayed() -> None:

@@ -63,6 +63,11 @@ OPS: dict[str, Op] = {}
 #: (``direct_calls.py``): plain tensors, no gradient.
 DIRECT = types.SimpleNamespace()
 
+#: ``DIRECT.site(name, *tensors)``: such a call of ``packet.overload`` for one place in generated code, where its
+#: arguments never change but for addresses and data; ``tensors`` are their ``(dtype, device, shape, stride)``.
+DIRECT.site = lambda name, *tensors: _SITES[name](*tensors)
+_SITES: dict[str, Callable[..., Callable[..., Any]]] = {}
+
 
 def declare(
     name: str,
@@ -120,6 +125,11 @@ def declare(
             return op.overload(*args, **kwargs)
         return replayed(*args, **kwargs)
 
+    def site(*expected: tuple[Any, ...]) -> Callable[..., Any]:
+        tensors = [_launch.Expected(*each) for each in expected]
+        return _launch.at_site(run, tensors, otherwise=replayed, watched=op.overload)
+
+    _SITES[name] = site
     packet = DIRECT.__dict__.setdefault(op.packet_name, types.SimpleNamespace())
     setattr(packet, name.rpartition(".")[2], direct)
     _library.impl(qualified, replayed, "CompositeExplicitAutograd")
