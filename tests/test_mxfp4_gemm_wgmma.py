@@ -38,8 +38,8 @@ def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> t
     ("tokens", "rows", "width", "layout", "arch", "kernel"),
     [
         (17, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (256, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (128, 24576, 1536, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (640, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
+        (256, 24576, 1536, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
         (1, 7168, 16384, "tiles", "sm_90", "mxfp4_gemm_wgmma"),  # few and long rows
         (16, 7168, 18432, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
         (16, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens
@@ -48,8 +48,8 @@ def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> t
         (32, 2112, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # too few steps
         (32, 18432, 7168, "linear", "sm_90", "mxfp4_gemm"),  # not prepared
         (32, 18432, 7168, "tiles", "sm_100", "mxfp4_gemm"),  # no wgmma after Hopper
-        (257, 18432, 7168, "tiles", "sm_90", "mxfp4_dequantize"),  # many tokens
-        (129, 24576, 1536, "tiles", "sm_90", "mxfp4_dequantize"),
+        (641, 18432, 7168, "tiles", "sm_90", "mxfp4_dequantize"),  # many tokens
+        (257, 24576, 1536, "tiles", "sm_90", "mxfp4_dequantize"),
     ],
 )
 def test_it_is_chosen_where_it_is_faster(
@@ -61,7 +61,7 @@ def test_it_is_chosen_where_it_is_faster(
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64, 65, 100, 128, 200, 256])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256, 600, 640])
 def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     from fusionpasses.kernels import _warpgroup, mxfp4_gemm_wgmma
 
@@ -70,6 +70,10 @@ def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     assert columns * (tiles * 2048 + options["WARPGROUPS"] * 128 * 40 + 8) <= _warpgroup.MOST_SPACE
     assert 8 * tiles * -(-tokens // mxfp4_gemm_wgmma.MOST_TOKENS) >= tokens
     assert options["PROGRAMS"] <= 288 * -(-tokens // 64) * 28
+    # All at once: registers of a multiprocessor, and its shared memory.
+    programs = options["PROGRAMS"] / 132
+    assert programs * options["num_warps"] * 32 * options["maxnreg"] <= 65536
+    assert programs * columns * (tiles * 2048 + options["WARPGROUPS"] * 128 * 40 + 8) <= 227 * 1024
 
 
 @needs_triton
@@ -78,7 +82,7 @@ def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     [
         (32, 24576, 1536, 384),  # three tiles for each multiprocessor, but for twelve of them
         (64, 24576, 1536, 384),
-        (128, 24576, 1536, 4 * 132),  # six, of which four fit
+        (128, 24576, 1536, 2 * 132),  # of 128 rows each: too few for that
         (32, 24576, 2176, 5 * 132),  # long tiles
         (32, 18432, 2048, 5 * 132),  # three for some, two for others
         (32, 16384, 2048, 5 * 132),  # two, and registers suffice for five
@@ -383,7 +387,7 @@ def check_products() -> None:
         torch.manual_seed(seed)
         rows, width = rng.choice((1, 16, 70, 200)), 32 * rng.choice((1, 4, 13, 20, 29))
         tokens, warpgroups = rng.choice((1, 9, 20, 33)), rng.choice((1, 1, 2))
-        unrolled, token_tiles = rng.choice((2, 2, 3)), rng.choice((1, 2, 3))
+        (unrolled, pieces), token_tiles = rng.choice(((2, 1), (3, 1), (1, 2), (2, 2), (1, 4))), rng.choice((1, 2, 3))
         codes, scales = weight(rows, width, 124, 131)
         want_w = _mxfp4.dequantize(codes, scales)
         w, exponents, shift = _mxfp4_weight.prepare(codes, scales)
@@ -443,6 +447,7 @@ def check_products() -> None:
             TOKEN_TILES=token_tiles,
             WARPGROUPS=warpgroups,
             UNROLLED=unrolled,
+            PIECES=pieces,
             ISA=PLAIN,
         )
         emulated.end()
@@ -529,7 +534,7 @@ def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part:
         rng = random.Random(seed)
         torch.manual_seed(seed)
         rows, width = rng.choice((1, 40, 576, 2112)), 32 * rng.choice((1, 5, 64, 90, 224))
-        tokens, token_tiles = rng.choice((1, 8, 17, 33, 64, 65, 100, 200)), rng.choice((1, 2, 3, 4, 6, 8))
+        tokens, token_tiles = rng.choice((1, 8, 17, 33, 64, 65, 128, 200)), rng.choice((1, 2, 3, 4, 6, 8, 12, 16))
         codes, scales = weight(rows, width, *rng.choice(((118, 126), (125, 132))), "cuda")
         w = _mxfp4.dequantize(codes, scales)
         prepared, exponents, shift = _mxfp4_weight.prepare(codes, scales)
@@ -539,9 +544,10 @@ def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part:
         if seed % 2:
             x, x_scales = _mxfp4.quantize(values, "even")
             values = _mxfp4.dequantize(x, x_scales)
-        options = {"TOKEN_TILES": token_tiles, "WARPGROUPS": 1, "UNROLLED": 2, "num_warps": 4}
-        options |= {"enable_fp_fusion": False, "launch_pdl": True}
-        steps = -(-rows // 64) * -(-tokens // (8 * token_tiles)) * -(-width // 256)
+        warpgroups, unrolled, pieces = (1, 2, 1) if token_tiles <= 8 else (2, 1, 2)
+        options = {"TOKEN_TILES": token_tiles, "WARPGROUPS": warpgroups, "UNROLLED": unrolled, "PIECES": pieces}
+        options |= {"num_warps": 4 * warpgroups, "enable_fp_fusion": False, "launch_pdl": True}
+        steps = -(-rows // (64 * warpgroups)) * -(-tokens // (8 * token_tiles)) * -(-width // (128 * unrolled))
         options["PROGRAMS"] = rng.choice((min(steps, 660), rng.randint(1, min(steps, 660))))
         outs = [torch.full((tokens, rows), torch.nan, device="cuda").bfloat16() for _ in range(3)]
         for out in outs:
@@ -556,7 +562,10 @@ def test_gpu_sums_of_any_size_are_within_the_bound_and_the_same_every_time(part:
     ("tokens", "rows", "width"),
     [
         pytest.param(*sizes, marks=gpu)
-        for sizes in ((17, 4096, 8192), (64, 4096, 8192), (128, 4096, 8192), (2, 8192, 8224), (16, 8192, 8224))
+        for sizes in (
+            *((17, 4096, 8192), (64, 4096, 8192), (128, 4096, 8192), (256, 4096, 8192), (640, 8192, 8224)),
+            *((2, 8192, 8224), (16, 8192, 8224)),
+        )
     ],
 )
 def test_gpu_ops_multiply_so(tokens: int, rows: int, width: int) -> None:

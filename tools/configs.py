@@ -387,7 +387,7 @@ def pairwise() -> list[AnyConfig]:
     quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
     every = every_gemm()
-    some = [c for c in every if c.chain == "some tokens" and c.tokens in (17, 64) and c.n == 1056]
+    some = [c for c in every if c.chain == "some tokens" and c.tokens in (17, 64, 128) and c.n == 1056]
     gemms = [c for c in every if c.target in ("sm_90", "gfx942") and c.rows == 1000 and c.n == 2880]
     gemms = [*some, *gemms]
     gemms = [c for c in gemms if (c.layout, c.tokens) not in (("linear", 1), ("linear", 64), ("tiles", 16))]
@@ -411,10 +411,11 @@ def every_gemm() -> list[GemmConfig]:
             for n in (7168, 2880):
                 configs.append(GemmConfig(target, "tokens in order", 32, 1000, n, layout, codes=True))
         for rows, n in weights[::3]:
-            configs.append(GemmConfig(target, "many tokens", 300, rows, n, layout))
+            configs.append(GemmConfig(target, "many tokens", 700, rows, n, layout))
     configs += _other_tiles(configs)
-    # 32 and 64 tokens fill tiles; 33 and 257 blocks of K, 63560 and 8200 rows do not. Few tokens: of few and long rows.
-    sizes = list(itertools.product((17, 32, 64, 130), ((18432, 7168), (63560, 1056))))
+    # 32, 64 and 128 tokens fill tiles; 33 and 257 blocks of K, 63560 and 8200 rows do not. Few tokens: of few and long
+    # rows.
+    sizes = list(itertools.product((17, 32, 64, 128, 130), ((18432, 7168), (63560, 1056))))
     sizes += itertools.product((1, 16), ((7168, 16384), (8200, 8224)))
     for i, (tokens, (rows, n)) in enumerate(sizes):
         configs.append(GemmConfig("sm_90", "some tokens", tokens, rows, n, "tiles", codes=i % 4 == 3, bias=i % 3 == 0))

@@ -1,9 +1,9 @@
-"""Product of up to 256 tokens with a large prepared MXFP4 weight, by Hopper's asynchronous tensor cores.
+"""Product of up to 640 tokens with a large prepared MXFP4 weight, by Hopper's asynchronous tensor cores.
 
 The weight is decoded to registers, as in ``mxfp4_gemm`` and from the same layout TILES, and is the left operand of
 ``wgmma``: four warps have 64 rows. x comes from shared memory. ``mxfp4_gemm_interleave`` has put it in the order in
-which the instruction wants it, so that a column of 128 elements of K is one copy in bulk. While the tensor cores
-multiply, the warps decode what comes next: that is what ``mma.sync`` cannot do, and why it takes longer.
+which the instruction wants it, so that a column of 128 elements of K, or half of it, is one copy in bulk. While the
+tensor cores multiply, the warps decode what comes next: that is what ``mma.sync`` cannot do, and why it takes longer.
 
 Work is divided by steps, not by tiles: a step is UNROLLED columns of a tile of rows and tokens, and each program has
 as many as any other, which may be the end of one tile, some whole ones and the start of another. A program that has not
@@ -28,7 +28,7 @@ from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
 
 #: Tokens of a tile, at most: there is no room in shared memory for more.
-MOST_TOKENS = 64
+MOST_TOKENS = 128
 #: A weight of so many codes and more has enough steps for all programs; of so many, also with 16 tokens and less.
 _ENOUGH = 2**25
 _PLENTY = 2**27
@@ -43,29 +43,33 @@ def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str)
 
     With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it; but where rows are few and
     long, its programs are no equal shares of the processors. With 9 to 16 tokens it falls behind where there is most to
-    do: 36864 x 7168 takes it 50.5 us and wgmma 47.3, 18432 x 7168 takes both 28.3, on an H200. Every 64 tokens take
-    about as long as the first 64, so many more are better multiplied by ``mxfp4_dequantize`` and torch.
+    do: 36864 x 7168 takes it 50.5 us and wgmma 47.3, 18432 x 7168 takes both 28.3, on an H200. Every 128 tokens take
+    about as long as the first 128, so many more are better multiplied by ``mxfp4_dequantize`` and torch: of 18432 x
+    7168, 512 take 205 us and 258 there, 768 take 312 and 323, 1024 take 423 and 426.
     """
     large = rows * width >= mxfp4_gemm.LARGE
     least = 1 if large and rows < width else 9 if rows * width >= _PLENTY else 17
-    most = 256 if large else 128 if rows * width >= _ENOUGH else 0
+    most = 5 * MOST_TOKENS if large else 2 * MOST_TOKENS if rows * width >= _ENOUGH else 0
     return arch.name == "sm_90" and layout == "tiles" and least <= tokens <= most
 
 
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
 
-    More rows and more columns of a step were measured and are not faster on an H200. All programs must be on the GPU at
-    once, or the last ones double the time: so many as a multiprocessor has registers for, and no more registers. Fewer
-    take longer (four instead of five for each, 13 to 17 %), but where tiles are short and even shares without being
-    cut: no program then waits for another's sums (24576 x 1536 takes 2 to 5 % less).
+    More rows and more columns of a step were measured and are not faster on an H200, up to 64 tokens. With more, the
+    sums leave no room for as many programs, and each has twice the rows: x is what most bytes are then. Of so many
+    tokens a column does not fit shared memory twice; half of it does.
+
+    All programs must be on the GPU at once, or the last ones double the time: so many as a multiprocessor has registers
+    for, and no more registers. Fewer take longer (four instead of five for each, 13 to 17 %), but where tiles are short
+    and even shares without being cut: no program then waits for another's sums (24576 x 1536 takes 2 to 5 % less).
     """
     groups = -(-tokens // MOST_TOKENS)
     token_tiles = -(-tokens // (8 * groups))
-    warpgroups, unrolled = 1, 2
+    warpgroups, unrolled, pieces = (1, 2, 1) if token_tiles <= 8 else (2, 1, 2)
     tiles = -(-rows // (_ROWS * warpgroups)) * groups
     steps_of_tile = -(-width // (_COLUMN * unrolled))
-    programs, registers = (5, 96) if token_tiles <= 4 else (4, 128)
+    programs, registers = (5, 96) if token_tiles <= 4 else (4 // warpgroups, 128)
     programs = min(tiles * steps_of_tile, programs * arch.processors)
     most = -(-tiles // arch.processors)  # tiles of a multiprocessor, if each program has one
     if steps_of_tile <= _SHORT and most >= 3 and 0.9 * most * arch.processors <= tiles <= programs:
@@ -74,6 +78,7 @@ def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, 
         "TOKEN_TILES": token_tiles,
         "WARPGROUPS": warpgroups,
         "UNROLLED": unrolled,
+        "PIECES": pieces,
         "PROGRAMS": programs,
         "maxnreg": registers,
         "num_warps": 4 * warpgroups,
@@ -175,6 +180,12 @@ def _tokens_of(x, tile, unit, groups, UNITS: tl.constexpr, STEP: tl.constexpr):
     return x + ((tile % groups).to(tl.int64) * UNITS + unit) * STEP
 
 
+@triton.jit
+def _fetch_piece(wanted, step, n: tl.constexpr, PIECE: tl.constexpr, FIRST_BARRIER: tl.constexpr):
+    """The n-th piece of x of a step, to its place."""
+    _warpgroup.fetch(wanted, step + n * PIECE, n * PIECE, FIRST_BARRIER + n * 8, PIECE)
+
+
 @triton.jit(do_not_specialize=["tokens", "rows", "groups", "steps_each", "left_over", "programs"])
 def mxfp4_gemm_wgmma(
     x_ptr,  # from mxfp4_gemm_interleave
@@ -194,7 +205,8 @@ def mxfp4_gemm_wgmma(
     K: tl.constexpr,
     TOKEN_TILES: tl.constexpr,  # of eight tokens
     WARPGROUPS: tl.constexpr,  # of 64 rows
-    UNROLLED: tl.constexpr,  # 2 or more columns of a step, and how many of the weight a thread has on their way
+    UNROLLED: tl.constexpr,  # columns of a step, and how many of the weight a thread has on their way
+    PIECES: tl.constexpr,  # of a column of x, each copied by itself; 1, 2 or 4
     ISA: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (K // 32 + 3) // 4
@@ -202,13 +214,16 @@ def mxfp4_gemm_wgmma(
     ROWS: tl.constexpr = WARPGROUPS * 4
     THREADS: tl.constexpr = WARPGROUPS * 128
     X: tl.constexpr = TOKEN_TILES * 2048  # bytes of a column of x
+    PIECE: tl.constexpr = X // PIECES
+    PARTS: tl.constexpr = 4 // PIECES  # products with a piece
+    LAST: tl.constexpr = UNROLLED * PIECES - 1  # of a step's, each with its place
     W: tl.constexpr = THREADS * 40
     FIRST_W: tl.constexpr = UNROLLED * X
     FIRST_BARRIER: tl.constexpr = FIRST_W + UNROLLED * W
     SUMS: tl.constexpr = TOKEN_TILES * 4
     # Sums of other programs that are loaded at once: a load takes as long as hundreds of additions.
-    AT_ONCE: tl.constexpr = 6 if TOKEN_TILES <= 2 else 3 if TOKEN_TILES <= 4 else 2
-    tl.static_assert(UNROLLED >= 2, "x of the next column goes to another place than this one's")
+    AT_ONCE: tl.constexpr = 6 if TOKEN_TILES <= 2 else 3 if TOKEN_TILES <= 4 else 2 if TOKEN_TILES <= 8 else 1
+    tl.static_assert(LAST > 0, "x that comes next goes to another place than this")
     thread = tl.arange(0, THREADS)
     lane = thread % 32
     warp = thread // 32
@@ -221,8 +236,8 @@ def mxfp4_gemm_wgmma(
     tile = begin // UNITS
     unit = begin - tile * UNITS
 
-    _warpgroup.space(thread, FIRST_BARRIER + UNROLLED * 8)
-    _warpgroup.barriers(thread, FIRST_BARRIER, UNROLLED)
+    _warpgroup.space(thread, FIRST_BARRIER + (LAST + 1) * 8)
+    _warpgroup.barriers(thread, FIRST_BARRIER, LAST + 1)
     w = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane * 16
     scales = w_scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane // 4 * 8
     # Of the step to be copied next: its tile, its place in it, and how many there are.
@@ -244,8 +259,8 @@ def mxfp4_gemm_wgmma(
     x = x_ptr.to(tl.uint64, bitcast=True).to(tl.int64)
     first_warp = (warp == 0).to(tl.int32)
     here = _tokens_of(x, tile, unit, groups, UNITS, UNROLLED * X)
-    for i in tl.static_range(UNROLLED - 1):
-        _warpgroup.fetch(first_warp, here + i * X, i * X, FIRST_BARRIER + i * 8, X)
+    for n in tl.static_range(LAST):
+        _fetch_piece(first_warp, here, n, PIECE, FIRST_BARRIER)
     parity = zero
 
     last_tile = (end - 1) // UNITS
@@ -264,21 +279,24 @@ def mxfp4_gemm_wgmma(
                 words = _warpgroup.read_tile(thread, FIRST_W + i * W, THREADS, UNROLLED - 1)
                 exists = (row_tile < row_tiles) & (left > 0)
                 _copy_column(thread, next_w, next_scales, exists, next_unit, i, FIRST_W, W, UNROLLED, COLUMNS)
-                _warpgroup.arrived(parity, FIRST_BARRIER + i * 8)
                 f_low, f_high = _mxfp4_words.factors(words[8]), _mxfp4_words.factors(words[9])
-                for q in tl.static_range(4):
-                    low = _mxfp4_words.scaled_of_tile(words[q], f_low, q, ISA)
-                    high = _mxfp4_words.scaled_of_tile(words[4 + q], f_high, q, ISA)
-                    sums = _warpgroup.multiply(sums, low, high, TOKEN_TILES, i * X + q * (X // 4), 1)
-                    if q == 0:
-                        # All products with the column before are done, in every warp: its place is free.
-                        _warpgroup.barrier(thread)
-                        if i == 0:
-                            at = here + (UNROLLED - 1) * X
-                            _warpgroup.fetch(first_warp, at, (UNROLLED - 1) * X, FIRST_BARRIER + UNROLLED * 8 - 8, X)
-                        else:
-                            at = after + (i - 1) * X
-                            _warpgroup.fetch(more, at, (i - 1) * X, FIRST_BARRIER + (i - 1) * 8, X)
+                for piece in tl.static_range(PIECES):
+                    _warpgroup.arrived(parity, FIRST_BARRIER + (i * PIECES + piece) * 8)
+                    for part in tl.static_range(PARTS):
+                        low = _mxfp4_words.scaled_of_tile(words[piece * PARTS + part], f_low, piece * PARTS + part, ISA)
+                        high = _mxfp4_words.scaled_of_tile(
+                            words[4 + piece * PARTS + part], f_high, piece * PARTS + part, ISA
+                        )
+                        sums = _warpgroup.multiply(
+                            sums, low, high, TOKEN_TILES, i * X + piece * PIECE + part * (X // 4), 1
+                        )
+                        if part == 0:
+                            # All products with the piece before are done, in every warp: its place is free.
+                            _warpgroup.barrier(thread)
+                            if i + piece == 0:
+                                _fetch_piece(first_warp, here, LAST, PIECE, FIRST_BARRIER)
+                            else:
+                                _fetch_piece(more, after, i * PIECES + piece - 1, PIECE, FIRST_BARRIER)
             parity ^= 1
             here = after
             left -= 1
