@@ -13,8 +13,8 @@ Several launches, what an adapter has torch do among them, such as a matrix prod
 are part of the plan.
 
 A plan is per number of rows. Rows that vary from step to step cost one full call for each new number and op, not one
-for each layer, because layers make equal calls. In generated code with sizes that are numbers, where a call is always the
-same but for addresses, a plan needs no key: ``at_site``.
+for each layer, because layers make equal calls. In generated code with sizes that are numbers, where a call is always
+the same but for addresses, a plan needs no key: ``at_site``.
 """
 
 from __future__ import annotations
