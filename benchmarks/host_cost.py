@@ -145,8 +145,10 @@ def _compiled(name: str, count: int, args: tuple[Any, ...], kwargs: dict[str, An
 
     compiled = torch.compile(graph, fullgraph=True, backend=fusion_backend(passes=()))
     _, sources = run_and_get_code(compiled, *tensors.values())
-    site = rf"\b{str(overload).replace('.', '_')}_\w+\("
-    called = sum(len(re.findall(site, source)) for source in sources)
+    # Sites: their names begin so, and no overload's name is the beginning of another's.
+    called = sum(
+        len(re.findall(rf"= {str(overload).replace('.', '_')}_[0-9a-f]{{16}}\(", source)) for source in sources
+    )
     if called != count:
         raise RuntimeError(f"{overload}: the compiled graph has {called} calls, not {count}")
     return compiled

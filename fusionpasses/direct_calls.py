@@ -63,7 +63,10 @@ def register() -> None:
 
     def site(node: Any) -> _Site | None:
         """The site of a call all of whose sizes are numbers."""
-        others = (list(node.constant_args), node.kwargs)
+        if not config.size_asserts:  # it is they who look at sizes, once a site has its plan
+            return None
+        # All arguments by their places and names, whatever of them this version of torch keeps where.
+        others = node.unflatten_args([f"tensor {i}" for i in range(len(node.inputs))], node.constant_args)
         if any(map(_is_symbolic, pytree.tree_leaves(others))):
             return None
         tensors = []

@@ -7,6 +7,7 @@ fused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -150,3 +151,13 @@ def compile_and_run(
 def _events(group: str, prefix: str) -> dict[str, int]:
     events: Mapping[str, int] = counters[group]
     return {k.removeprefix(prefix): v for k, v in events.items() if k.startswith(prefix)}
+
+
+def calls_in(code: str, op: str) -> int:
+    """How often code that Inductor generated calls ``packet.overload``, or any overload of ``packet``, without torch's
+    dispatcher: by name, or at a site that is made at its top."""
+    packet, _, overload = op.partition(".")
+    body = code[code.index("def call(") :]
+    direct = rf"\bfusionpasses\.{packet}\.{overload or '[a-z_]+'}\("
+    site = rf"\bfusionpasses_{packet}_{overload or '[a-z_]+'}_[0-9a-f]{{16}}\("
+    return len(re.findall(f"{direct}|{site}", body))

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import calls_in
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +92,61 @@ def test_equal_calls_share_a_site_and_others_do_not():
     # Code is shared among graphs by its text, which a dtype that nothing else tells must therefore be in.
     assert not {one, other} & set(sites_of(x.half(), y.half()))
     assert not {one, other} & set(sites_of(x[:4], y[:4]))
+
+
+def test_an_argument_by_name_makes_another_site():
+    weight = torch.ones(64, dtype=torch.bfloat16)
+
+    def model(x):
+        plain = ours.rmsnorm_mxfp4_quant(x, weight, 1e-6, cast_order="cast_scale")
+        wide = ours.rmsnorm_mxfp4_quant(x, weight, 1e-6, cast_order="cast_scale", norm_dtype=torch.float32)
+        return *plain, *wide
+
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    _, got, code = compiled_and_code(model, x)
+    assert_equal(got, model(x))
+    assert len(set(re.findall(r"= (fusionpasses_\w+)\(", code))) == calls_in(code, "rmsnorm_mxfp4_quant") == 2
+
+
+def test_a_tensor_by_name_is_shared_by_equal_calls():
+    def model(x, caches, scale):
+        for cache in caches:
+            ours.concat_and_cache_mla(
+                x[:, :48].contiguous(), x[:, 48:].contiguous(), cache, torch.arange(len(x)), cache_scale=scale
+            )
+        return x + 1
+
+    def arguments():
+        caches = [torch.zeros(8, 64, dtype=torch.float8_e4m3fn) for _ in range(2)]
+        return torch.ones(5, 64, dtype=torch.bfloat16), caches, torch.full((), 2.0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=fusion_backend(), fullgraph=True)
+    got, want = arguments(), arguments()
+    with fresh_cache(), torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, *got)
+        model(*want)
+    for one, two in zip(got[1], want[1], strict=True):
+        assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+    assert calls_in(code, "concat_and_cache_mla.default") == 2
+    assert len(set(re.findall(r"\b(fusionpasses_concat_and_cache_mla_\w+)\(", code))) == 1
+
+
+def test_what_is_symbolic():
+    import sympy
+
+    from fusionpasses.direct_calls import _is_symbolic
+
+    s = sympy.Symbol("s0", integer=True)
+    assert all(map(_is_symbolic, (s, s + 1, 2 * s // 3)))
+    assert not any(map(_is_symbolic, (3, sympy.Integer(3), 1e-6, None, "even", torch.bfloat16, True)))
+
+
+def test_without_asserts_on_sizes_there_are_no_sites():
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    _, got, code = compiled_and_code(quantized, x, options={"size_asserts": False})
+    assert_equal(got, quantized(x))
+    assert "fusionpasses.dynamic_mxfp4_quant.default(" in code
 
 
 def test_every_op_has_its_direct_call():

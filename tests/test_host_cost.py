@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from fusionpasses.providers import _launch, _plan
 pytestmark = pytest.mark.skipif(not probe_triton(), reason=probe_triton().why)
 
 ours = torch.ops.fusionpasses
+GIVEN = _plan._given
 QUANT = "dynamic_mxfp4_quant.default"
 EVERY_NAME = [name for name in OPS if providers.verdict("triton", name, "cuda")]
 NAMES = [name for name in EVERY_NAME if "mxfp4_quant" in name]
@@ -223,7 +225,7 @@ def _rows(leading: tuple[int, ...], n: int, dtype: torch.dtype, offset: int, pad
     for size in leading[:0:-1]:
         strides.insert(0, strides[0] * size)
     count = strides[0] * (leading[0] if leading else 1)
-    storage = torch.empty(max(count, n) + offset, dtype=dtype)
+    storage = torch.ones(max(count, n) + offset, dtype=dtype)  # NaNs would be equal to nothing
     return storage[offset:].as_strided((*leading, n), (*strides[: len(leading)], 1))
 
 
@@ -485,6 +487,56 @@ def test_launch_hooks_see_every_call(full_calls: list[str], recorder: Recorder) 
     assert seen == ["dynamic_mxfp4_quant"]
 
 
+def test_hooks_that_replay_would_pass_by_see_every_call(
+    full_calls: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each at the end, in the second of two kernels, or in place of the hook that was there when the plan was made."""
+    from triton import knobs
+
+    name = "mxfp4_gemm.default"
+    args, kwargs = next(iter(OPS[name].samples(torch.device("cpu"))))
+    seen: list[Any] = []
+
+    def run() -> int:
+        before = len(full_calls)
+        with torch.no_grad():
+            OPS[name].overload(*args, **kwargs)
+        return len(full_calls) - before
+
+    recorder.launches.clear()
+    assert [run(), run()] == [1, 0]
+    kernels = {launched.kernel.partition(" ")[0] for launched in recorder.launches}
+    knobs.runtime.launch_exit_hook.add(seen.append)
+    try:
+        assert run() == 1
+    finally:
+        knobs.runtime.launch_exit_hook.remove(seen.append)
+    assert seen
+    assert run() == 0
+    for kernel in _kernels():
+        if kernel.__name__ in kernels:
+            with monkeypatch.context() as patch:
+                patch.setattr(kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append(1)])
+                assert run() == 1
+            assert run() == 0
+    for owner, setting, value in (
+        (knobs.runtime, "launch_enter_hook", seen.append),
+        (knobs.compilation, "instrumentation_mode", "other"),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", "")),
+    ):
+        if hasattr(owner, setting):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, setting, value)
+                plans = [plan for plans in _launch._every_plans.values() for plan in plans.values() if plan]
+                assert plans
+                assert all(plan(_values_of(args, kwargs)) is _plan.UNUSABLE for plan in plans)
+    assert run() == 0
+
+
+def _values_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return (*args, *kwargs.values())
+
+
 def test_what_changes_kernels_is_obeyed(
     full_calls: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,8 +629,96 @@ def test_a_site_is_not_for_what_it_was_not_made_for(full_calls: list[str], recor
         wrong(*args, **kwargs)
         assert recorder.launches[-1].kernel == plain.kernel
     half = [value.half() if isinstance(value, Tensor) else value for value in args]
-    wrong(*half, **kwargs)
-    assert recorder.launches[-1].kernel != plain.kernel
+    for made in (site, wrong):  # guards that torch was told to skip would have noticed; nothing else looks at a dtype
+        made(*half, **kwargs)
+        assert recorder.launches[-1].kernel != plain.kernel
+    for place, other in enumerate(
+        ((torch.float16,), (None, "cuda:7"), (None, None, (1, 1)), (None, None, None, (1, 1)))
+    ):
+        first = list(expected[0])
+        first[place] = other[place]
+        _launch.forget()
+        full_calls.clear()
+        keyed = DIRECT.site(name, tuple(first), *expected[1:])
+        keyed(*args, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            keys: list[Any] = []
+            key = _launch.call_key
+            patch.setattr(_launch, "call_key", lambda *given, key=key, keys=keys: keys.append(1) or key(*given))
+            keyed(*args, **kwargs)
+        assert keys == [1], other
+
+
+def test_a_site_has_tensors_by_name(full_calls: list[str], recorder: Recorder) -> None:
+    name = "concat_and_cache_mla.default"
+    every = [
+        call for call in OPS[name].samples(torch.device("cpu")) if any(torch.is_tensor(v) for v in call[1].values())
+    ]
+    assert every
+    for args, kwargs in every:
+        values = _values_of(args, kwargs)
+        site = DIRECT.site(name, *_expected(values))
+        versions = []
+        for _ in range(3):
+            recorder.launches.clear()
+            with torch.no_grad():
+                site(*args, **kwargs)
+            (launched,) = recorder.launches
+            given = [value for value in launched.args if torch.is_tensor(value)]
+            assert all(any(one is value for value in values) for one in given)
+            versions.append([value._version for value in values if torch.is_tensor(value)])
+        changes = [[b - a for a, b in zip(one, two, strict=True)] for one, two in itertools.pairwise(versions)]
+        assert changes[0] == changes[1]
+        assert sum(changes[0]) >= 1
+
+
+def test_what_is_not_fresh_is_not_made_anew(recorder: Recorder) -> None:
+    from fusionpasses.kernels import dynamic_mxfp4_quant
+
+    kernel = dynamic_mxfp4_quant.dynamic_mxfp4_quant
+    x = torch.ones(4, 64).bfloat16()
+
+    def planned(outputs: Any, scratch: Sequence[Tensor] = ()) -> bool:
+        rest = dict.fromkeys(kernel.arg_names, 1)
+        compiled = recorder.compiled(kernel, "key")
+        launched = _plan.Launch(kernel, compiled, (1,), (), (), rest)
+        return _plan.make(_plan.Steps([launched], list(scratch)), (x,), outputs) is not None
+
+    made = torch.ones(4, 64)
+    assert planned(made)
+    assert planned((made, torch.ones(3)), [torch.ones(2)])
+    for outputs in (x, x.view(-1), (made, made.view(-1)), (made, made), made.t(), made[1:], made[:2], (made, 3)):
+        assert not planned(outputs), outputs
+    assert not planned(made, [made.view(-1)])
+    launched = _plan.Launch(kernel, recorder.compiled(kernel, "key"), (1,), (), (), {})
+    assert _plan.make(_plan.Steps([launched], []), (x,), made) is None  # a default of the kernel, which nobody gave
+
+
+def test_a_plan_keeps_its_kernel(recorder: Recorder) -> None:
+    from fusionpasses.kernels import dynamic_mxfp4_quant
+
+    kernel = dynamic_mxfp4_quant.dynamic_mxfp4_quant
+    compiled = recorder.compiled(kernel, "key")
+    launched = _plan.Launch(kernel, compiled, (1,), (), (), dict.fromkeys(kernel.arg_names, 1))
+    plan = _plan.make(_plan.Steps([launched], []), (torch.ones(4, 64),), None)
+    kept = weakref.ref(compiled)
+    del compiled, launched
+    gc.collect()
+    assert plan is not None
+    assert kept() is not None
+
+
+def test_addresses_are_of_the_tensors() -> None:
+    assert GIVEN(3) == "a3"
+    names: dict[str, Any] = {}
+    x, y = torch.ones(4), torch.ones(5)
+    lines = _plan._tensors((x, 3, y), (torch.ones(2),), names)
+    space = names | {"values": (x, 3, y), "unusable": None}
+    exec("def addresses(values):\n    " + "\n    ".join(lines) + "\n    return a0, a2, t3, a3", space)
+    first, second, made, third = space["addresses"]((x, 3, y))
+    assert (first, second, third) == (x.data_ptr(), y.data_ptr(), made.data_ptr())
+    assert space["addresses"]((x.half(), 3, y)) is None
+    assert space["addresses"]((torch.ones(5)[1:], 3, y)) is None
 
 
 def test_a_site_is_watched(recorder: Recorder) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import calls_in
 from test_fused_rope_mla_kv_cache import LATENT, ROPE, neox
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -124,7 +125,7 @@ def traffic(code: str, caches: set[tuple[int, ...]]) -> Traffic:
         if re.match(r"\s*(cpp_fused\w*|\w+\.run|aten\.\w+.*|torch\.ops\.aten.*)\(", line):
             kernels += bool(set(re.findall(r"\w+", line)) & names)
     large = [size for size in sizes if size >= smallest]
-    return Traffic(len(large), sum(large) / (CAPACITY * WIDTH), kernels, body.count(f" = fusionpasses.{FUSED_OP}."))
+    return Traffic(len(large), sum(large) / (CAPACITY * WIDTH), kernels, calls_in(body, FUSED_OP))
 
 
 def compile_and_run(names: tuple[str, ...], backend: Any, dynamic: bool) -> Traffic:

@@ -125,8 +125,10 @@ def at_site(
 ) -> Callable[..., Any]:
     """``call`` for one place in generated code, where tensors are as ``expected`` and other arguments always the same.
 
-    Its plan needs no key, which takes as long as all the rest. Only addresses are looked at, and who ``watched``
-    torch's dispatcher is called then. A call that the plan is not for goes to ``otherwise``.
+    Its plan needs no key, which takes as long as all the rest. Shapes, strides and devices are compared with
+    ``expected`` in the first call only: later, generated code and the guards in front of it answer for them. Dtypes and
+    alignment are looked at in every call, and one that the plan is not for goes to ``otherwise``; if a mode or a
+    profiler is there, to ``watched``.
     """
     plans = _new_plans()  # None: the site's plan, or None if it cannot have one
     modes, profiled = torch._C._len_torch_dispatch_stack, torch._C._autograd._profiler_enabled

@@ -56,7 +56,8 @@ def make(recorded: Steps, values: tuple[Any, ...], outputs: Any) -> Plan | None:
         or torch.version.hip is not None
         # Which of the two would a later call mean?
         or len(set(map(id, inputs))) < len(inputs)
-        or not all(_is_fresh(tensor, inputs[0].device, inputs) for tensor in made)
+        or not all(_is_fresh(tensor, inputs[0].device) for tensor in made)
+        or not _are_apart(inputs, made)
     ):
         return None
     places = {id(tensor): place for place, tensor in enumerate((*values, *made)) if isinstance(tensor, Tensor)}
@@ -103,9 +104,7 @@ def _usable(launches: Sequence[Launch], device: torch.device, names: dict[str, A
     index = device.index
     names |= {
         "runtime": runtime,
-        "debug": runtime.debug,
         "compilation": compilation,
-        "instrumentation": compilation.instrumentation_mode,
         "unusable": UNUSABLE,
         "stream_of": driver.active.get_current_stream,
         # torch.cuda.current_device() looks first whether CUDA has been initialised. It has: there are tensors.
@@ -116,10 +115,15 @@ def _usable(launches: Sequence[Launch], device: torch.device, names: dict[str, A
     if index is not None:
         # Both the allocator and Triton mean the current device.
         lines = [f"if current() != {index}:", f"    with device({index}):", "        return replay(values)"]
-    changed = ["runtime.debug != debug", "compilation.instrumentation_mode != instrumentation"]
+    changed = [f"runtime.debug != {_named(runtime.debug, names)}"]
+    for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):
+        if hasattr(compilation, name):  # in this version of Triton
+            changed.append(f"compilation.{name} != {_named(getattr(compilation, name), names)}")
     # Hooks are of a profiler or a test; they want Triton's own launch.
     changed += [f"{_named(step.kernel, names)}.pre_run_hooks" for step in launches]
-    for name in ("launch_enter_hook", "launch_exit_hook"):
+    for name in ("launch_enter_hook", "launch_exit_hook", "add_stages_inspection_hook"):
+        if not hasattr(runtime, name):
+            continue
         hook = getattr(runtime, name)
         there = _named(hook, names)
         changed.append(f"runtime.{name} is not {there}")
@@ -130,14 +134,16 @@ def _usable(launches: Sequence[Launch], device: torch.device, names: dict[str, A
 
 
 def _tensors(values: tuple[Any, ...], made: Sequence[Tensor], names: dict[str, Any]) -> list[str]:
-    """Lines that give each tensor and its address a name, look at alignment, and allocate what is not given."""
-    lines, addresses = [], []
+    """Lines that name tensors and their addresses, look at dtypes and alignment, and allocate what is not given."""
+    lines, addresses, dtypes = [], [], []
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
             lines += [f"t{place} = values[{place}]", f"a{place} = t{place}.data_ptr()"]
             rest = value.data_ptr() % ALIGNMENT
             addresses.append(f"a{place} - {rest}" if rest else f"a{place}")
-    lines += [f"if ({' | '.join(addresses)}) % {ALIGNMENT}:", "    return unusable"]
+            # Nothing else that a site goes by looks at it, where torch has been told to skip guards.
+            dtypes.append(f"t{place}.dtype is not {_named(value.dtype, names)}")
+    lines += [f"if ({' | '.join(addresses)}) % {ALIGNMENT} or {' or '.join(dtypes)}:", "    return unusable"]
     for place, tensor in enumerate(made, len(values)):
         empty, dtype = _named(_allocator(tensor.device), names), _named(tensor.dtype, names)
         lines.append(f"t{place} = {empty}({tuple(tensor.shape)}, {tensor.stride()}, {dtype})")
@@ -167,6 +173,7 @@ def _launch_text(launched: Launch, places: dict[int, int], names: dict[str, Any]
             return None
     x, y, z = (*grid, 1, 1)[:3]
     compiled[x, y, z]  # loads it, if it was not
+    _named(compiled, names)  # which would unload it at its end
     run, function, metadata = (_named(v, names) for v in (compiled.run, compiled.function, compiled.packed_metadata))
     # As Triton's own launch does, but for hooks, of which there are none.
     return f"{run}({x}, {y}, {z}, stream, {function}, {metadata}, None, None, None, {', '.join(given)})"
@@ -177,7 +184,7 @@ def _given(place: int) -> str:
     return f"a{place}"
 
 
-def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
+def _is_fresh(output: Any, device: torch.device) -> bool:
     """A contiguous tensor with a storage of its own, so that one made anew is the same."""
     return (
         isinstance(output, Tensor)
@@ -185,8 +192,14 @@ def _is_fresh(output: Any, device: torch.device, inputs: list[Tensor]) -> bool:
         and output.is_contiguous()
         and output.untyped_storage().nbytes() == output.numel() * output.element_size()
         and output.data_ptr() % ALIGNMENT == 0
-        and all(output is not tensor for tensor in inputs)
     )
+
+
+def _are_apart(inputs: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
+    """Has each tensor that was made memory of its own? One without elements has none."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in made if tensor.numel()]
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
+    return len(set(storages)) == len(storages) and not given.intersection(storages)
 
 
 @functools.cache
