@@ -145,7 +145,7 @@ def _compiled(name: str, count: int, args: tuple[Any, ...], kwargs: dict[str, An
 
     compiled = torch.compile(graph, fullgraph=True, backend=fusion_backend(passes=()))
     _, sources = run_and_get_code(compiled, *tensors.values())
-    # Sites: their names begin so, and no overload's name is the beginning of another's.
+    # A site is called, whose name begins with the overload's.
     called = sum(
         len(re.findall(rf"= {str(overload).replace('.', '_')}_[0-9a-f]{{16}}\(", source)) for source in sources
     )

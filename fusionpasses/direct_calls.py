@@ -31,7 +31,7 @@ from fusionpasses.pipeline import is_ours
 
 class _Site(NamedTuple):
     text: str
-    others: str  #: arguments that are no tensors, which the site's plan has as they are
+    arguments: str  #: all of them, tensors by number; the site's plan has the others as they are
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -66,8 +66,8 @@ def register() -> None:
         if not config.size_asserts:  # it is they who look at sizes, once a site has its plan
             return None
         # All arguments by their places and names, whatever of them this version of torch keeps where.
-        others = node.unflatten_args([f"tensor {i}" for i in range(len(node.inputs))], node.constant_args)
-        if any(map(_is_symbolic, pytree.tree_leaves(others))):
+        arguments = node.unflatten_args([f"tensor {i}" for i in range(len(node.inputs))], node.constant_args)
+        if any(map(_is_symbolic, pytree.tree_leaves(arguments))):
             return None
         tensors = []
         for tensor in node.inputs:
@@ -77,7 +77,7 @@ def register() -> None:
             shape, stride = (tuple(map(int, values)) for values in (shape, stride))
             tensors.append((tensor.get_dtype(), str(tensor.get_device()), shape, stride))
         name = str(node.op_overload).partition(".")[2]
-        return _Site(f"fusionpasses.site({', '.join(map(repr, (name, *tensors)))})", repr(others))
+        return _Site(f"fusionpasses.site({', '.join(map(repr, (name, *tensors)))})", repr(arguments))
 
     def boxed(made: Any) -> Any:
         if not isinstance(made, ir.IRNode):

@@ -1,7 +1,8 @@
 """Plans: what a call of an op launched, as straight-line Python that does it again.
 
 A plan is text made for one call: it allocates the outputs and scratch, and launches with addresses, all of them local
-variables. Loops over launches and tuples of arguments take twice as long as what they would save to write.
+variables. Beside loops over launches and tuples of arguments, that takes a fifth off a call of a product: 5.7 us
+instead of 7.0 on a CPU with a driver that launches nothing, and 3.3 where no key is needed (``_launch.at_site``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 #: Kernels are specialised for pointers that are multiples of this.
 ALIGNMENT = 16
 
-#: What a plan returns that must not be used now: for a hook or a setting, or an address that is aligned otherwise.
+#: What a plan returns that must not be used now: for a hook, a setting, or a tensor of another dtype or alignment.
 UNUSABLE = object()
 
 
