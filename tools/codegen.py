@@ -50,6 +50,7 @@ from tools.configs import (
 )
 from tools.dot_configs import DOT_CHAINS, DotConfig
 from tools.launches import compile_launch, launches
+from tools.order_configs import ORDER_CHAINS, OrderConfig
 from tools.pair_configs import PAIR_CHAINS, PairConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -67,19 +68,21 @@ class Family:
     grid: str
 
 
+_OF_QUANTS = ("_pieces", "arch", "_mxfp4", "_mxfp4_words", "_token_order")
+
 FAMILIES = (
     Family(
         "quants",
         Config,
         tuple(CHAINS),
-        ("_pieces", "arch", "_mxfp4", "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant"),
+        (*_OF_QUANTS, "dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant"),
         f"the heuristics asked at\n{len(WIDTHS)} widths from 32 to 32768 with {len(ROWS)} numbers of rows.",
     ),
     Family(
         "gated",
         GatedConfig,
         tuple(GATED_CHAINS),
-        ("_pieces", "arch", "_mxfp4", "silu_mul_mxfp4_quant"),
+        (*_OF_QUANTS, "silu_mul_mxfp4_quant"),
         "all pairs of\nwidths, rows, strides, dtypes, activations, roundings and scale modes, on each target.",
     ),
     Family(
@@ -104,8 +107,18 @@ FAMILIES = (
         "pairs",
         PairConfig,
         tuple(PAIR_CHAINS),
-        ("_pieces", "arch", "_mxfp4", "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair"),
+        (*_OF_QUANTS, "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair"),
         "every two\ntargets, widths, rows, strides, dtypes, roundings and scale modes meet.",
+    ),
+    Family(
+        "orders",
+        OrderConfig,
+        tuple(ORDER_CHAINS),
+        (
+            *_OF_QUANTS,
+            *("dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair", "silu_mul_mxfp4_quant"),
+        ),
+        "for products\nthat put their tokens in order, dtypes, strides and scale modes in turn.",
     ),
     Family(
         "dots",

@@ -22,6 +22,7 @@ import torch
 from fusionpasses import kernels
 from tools.configs import DTYPES, FP8, GEMM_CHAINS, TARGETS, AnyConfig, Target
 from tools.dot_configs import DOT_CHAINS, DotConfig, shared_memory
+from tools.order_configs import OrderConfig
 
 #: Constants that the op's arguments decide; the others are the heuristics'.
 _OF_A_ROTATION = ("HEADS", "NOPE", "ROPE", "FULL", "READ_WOVEN", "WRITE_WOVEN")
@@ -29,7 +30,7 @@ _OF_A_CACHE = ("LATENT", "NEGATIVE_SLOTS", "PAGE", "SCALING")
 _OF_A_NORM = ("ROW_BLOCKS", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT")
 _OF_A_SECOND_NORM = ("ROW_BLOCKS2", "ROUND_BEFORE_WEIGHT2", "ROUND_RESULT2")
 _OF_AN_ACTIVATION = ("ACTIVATION", "CAST_ORDER")
-_OF_A_PRODUCT = ("K", "LAYOUT")
+_OF_A_PRODUCT = ("K", "LAYOUT", "K_BLOCKS", "FLAGS")
 _OF_NORMS = (*_OF_A_NORM, *_OF_A_SECOND_NORM)
 _OF_ARGUMENTS = ("SCALE_ADDEND", "ISA", *_OF_A_PRODUCT, *_OF_AN_ACTIVATION, *_OF_NORMS, *_OF_A_ROTATION, *_OF_A_CACHE)
 
@@ -69,6 +70,8 @@ class Launch:
             return 2  # a thread may have single sums
         if self.kernel.__name__ == "mxfp4_gemm_interleave":
             return 4  # threads of a token next to each other have its words
+        if self.constants.get("FLAGS"):
+            return 4  # a thread has one
         if self.kernel.__name__ == "mxfp4_gemm_sum":
             return 8 if self.aligned and "rows" in self.divisible else 2
         if "cache_ptr" not in self.signature:
@@ -142,6 +145,8 @@ def launches(config: AnyConfig) -> list[Launch]:
             _triton_gemm_dot.multiply(Product(*arguments, "linear", 0, gpu), options)
         else:
             provider.ADAPTERS[name](*arguments, **keywords)
+    if isinstance(config, OrderConfig):
+        return recorded[:1]  # the product is another family
     wanted = DOT_CHAINS.get(config.chain) or GEMM_CHAINS.get(config.chain, ("", ""))[1]
     return [launch for launch in recorded if wanted in ("", launch.kernel.__name__)][: 1 if wanted else None]
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4, _pieces
+from fusionpasses.kernels import _mxfp4, _pieces, _token_order
 from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
 
@@ -34,13 +34,16 @@ def launch_options(arch: Arch) -> dict[str, int | bool]:
 @triton.jit
 def dynamic_mxfp4_quant(
     x_ptr,
-    codes_ptr,
-    scales_ptr,
+    codes_ptr,  # or numbers, in a product's order
+    scales_ptr,  # or a product's flags
     x_row_stride,  # None: one row, cut along the first axis of the grid; else the axes are (rows, cuts of a row)
-    row_blocks,
+    row_blocks,  # with TOKEN_TILES, of which rows have K_BLOCKS: the number of rows
     TILE_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE_ADDEND: tl.constexpr,
+    K_BLOCKS: tl.constexpr,  # of a product's row
+    TOKEN_TILES: tl.constexpr,  # None: codes and scales; else of _token_order
+    FLAGS: tl.constexpr,
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -48,9 +51,15 @@ def dynamic_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        gdc_launch_dependents()
+        if TOKEN_TILES is None:
+            gdc_launch_dependents()
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
-    if x_row_stride is None:
+    block = tl.arange(0, TILE_BLOCKS)[None, :]
+    if TOKEN_TILES is not None:
+        row, block = _token_order.place_of(tl.program_id(0) * TILE_BLOCKS + block, K_BLOCKS)
+        source = x_ptr + row.to(tl.int64) * x_row_stride
+        mask = row < row_blocks
+    elif x_row_stride is None:
         start = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
         source = x_ptr + start * BLOCK
         first = start
@@ -59,8 +68,8 @@ def dynamic_mxfp4_quant(
         start = tl.program_id(1).to(tl.int64) * TILE_BLOCKS
         source = x_ptr + row * x_row_stride + start * BLOCK
         first = row * row_blocks + start
-    block = tl.arange(0, TILE_BLOCKS)[None, :]
-    mask = start + block < row_blocks
+    if TOKEN_TILES is None:
+        mask = start + block < row_blocks
     pieces = ()
     for p in tl.static_range(4):
         pieces = pieces + (_pieces.load_piece(source, block * BLOCK + p * 8, mask, MASKED, ""),)
@@ -71,4 +80,9 @@ def dynamic_mxfp4_quant(
         else:
             values = values + (_pieces.floats_of(pieces[p], dtype),)
     codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
-    _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, block, codes, scale, mask, MASKED)
+    if TOKEN_TILES is None:
+        _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, block, codes, scale, mask, MASKED)
+    else:
+        _token_order.let_product_start(ISA)
+        _token_order.lower_flags(scales_ptr, FLAGS)
+        _token_order.store(codes_ptr, row, block, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
 from fusionpasses.kernels.arch import Arch
 
+_COLUMN = 128  # elements of K
+
 
 class Choice(NamedTuple):
     """A kernel of this package, its tile and compile options, and why it is this one."""
@@ -17,6 +19,22 @@ class Choice(NamedTuple):
     kernel: str
     options: dict[str, int | bool]
     why: str
+
+
+def token_order(choice: Choice, tokens: int, rows: int, width: int, layout: str) -> int | None:
+    """``TOKEN_TILES`` of ``_token_order.py``, if the product begins by putting MXFP4 x in order; None if it does not.
+
+    Whoever quantises x may as well leave it in that order. ``choice`` is what ``choose`` says of the same call; widths
+    that end within a column, or a step of ``mxfp4_gemm_wgmma``, are left to the product, which fills in zeros.
+    """
+    if layout != "tiles":
+        return None
+    if choice.kernel == "mxfp4_gemm_wgmma":
+        whole = width % (_COLUMN * int(choice.options["UNROLLED"])) == 0
+        return int(choice.options["TOKEN_TILES"]) if whole else None
+    if choice.kernel == "mxfp4_gemm" and not mxfp4_gemm.decodes_tokens(tokens, rows, width):
+        return 0 if width % _COLUMN == 0 else None
+    return None
 
 
 def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False, layout: str = "linear") -> Choice:

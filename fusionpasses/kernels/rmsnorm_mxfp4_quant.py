@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4, _pieces
+from fusionpasses.kernels import _mxfp4, _pieces, _token_order
 from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
 
@@ -196,8 +196,9 @@ def _normalize_and_quantize(
     rstd,
     block,
     mask,
-    row_codes,
-    row_scales,
+    codes_ptr,
+    scales_ptr,
+    row,
     row_norm,  # None: the normed row is not stored
     dtype: tl.constexpr,
     weight_dtype: tl.constexpr,
@@ -205,6 +206,8 @@ def _normalize_and_quantize(
     SCALE_ADDEND: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_RESULT: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,
     ISA: tl.constexpr,
 ):
     ROUNDS: tl.constexpr = ROUND_RESULT and dtype != tl.float32
@@ -241,7 +244,11 @@ def _normalize_and_quantize(
         else:
             values = values + (e,)
     codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
-    _mxfp4.store_quantized(row_codes, row_scales, block, codes, scale, mask, MASKED)
+    if TOKEN_TILES is None:
+        row_codes = codes_ptr + row * (ROW_BLOCKS * BLOCK // 2)
+        _mxfp4.store_quantized(row_codes, scales_ptr + row * ROW_BLOCKS, block, codes, scale, mask, MASKED)
+    else:
+        _token_order.store(codes_ptr, row, block, codes, scale, mask, ROW_BLOCKS, TOKEN_TILES, MASKED, ISA)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -249,8 +256,8 @@ def rmsnorm_mxfp4_quant(
     x_ptr,
     residual_ptr,  # None: nothing is added, and there is no sum
     weight_ptr,  # None: no weight
-    codes_ptr,
-    scales_ptr,
+    codes_ptr,  # or numbers, in a product's order
+    scales_ptr,  # or a product's flags
     sum_ptr,
     norm_ptr,  # None: the normed row is not stored
     x_row_stride,
@@ -268,6 +275,8 @@ def rmsnorm_mxfp4_quant(
     SCALE_ADDEND: tl.constexpr,
     ROUND_BEFORE_WEIGHT: tl.constexpr,  # to x's dtype
     ROUND_RESULT: tl.constexpr,  # to x's dtype; else it stays float32
+    TOKEN_TILES: tl.constexpr,  # None: codes and scales; else of _token_order
+    FLAGS: tl.constexpr,
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -278,7 +287,10 @@ def rmsnorm_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        gdc_launch_dependents()
+        if TOKEN_TILES is None:
+            gdc_launch_dependents()
+    if TOKEN_TILES is not None:
+        _token_order.lower_flags(scales_ptr, FLAGS)
     block0 = tl.arange(0, TILE_BLOCKS)[None, :]
     within = tl.arange(0, ROWS)[:, None]
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
@@ -301,8 +313,6 @@ def rmsnorm_mxfp4_quant(
         if residual_ptr is not None:
             row_residual = residual_ptr + row * residual_row_stride
             row_sum = sum_ptr + row * (ROW_BLOCKS * BLOCK)
-        row_codes = codes_ptr + row * (ROW_BLOCKS * BLOCK // 2)
-        row_scales = scales_ptr + row * ROW_BLOCKS
         row_norm = None if norm_ptr is None else norm_ptr + row * (ROW_BLOCKS * BLOCK)
 
         squares = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
@@ -341,6 +351,8 @@ def rmsnorm_mxfp4_quant(
         total = tl.sum(squares, axis=1)
         mean_square = tl.div_rn(total, ROW_BLOCKS * 32.0)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
+        if TOKEN_TILES is not None:
+            _token_order.let_product_start(ISA)
 
         if REREAD:
             for c in range(CHUNKS):
@@ -358,8 +370,9 @@ def rmsnorm_mxfp4_quant(
                     rstd,
                     block,
                     mask,
-                    row_codes,
-                    row_scales,
+                    codes_ptr,
+                    scales_ptr,
+                    row,
                     row_norm,
                     dtype,
                     weight_dtype,
@@ -367,6 +380,8 @@ def rmsnorm_mxfp4_quant(
                     SCALE_ADDEND,
                     ROUND_BEFORE_WEIGHT,
                     ROUND_RESULT,
+                    ROW_BLOCKS,
+                    TOKEN_TILES,
                     ISA,
                 )
         else:
@@ -386,8 +401,9 @@ def rmsnorm_mxfp4_quant(
                     rstd,
                     block,
                     (block < ROW_BLOCKS) & (row < rows),
-                    row_codes,
-                    row_scales,
+                    codes_ptr,
+                    scales_ptr,
+                    row,
                     row_norm,
                     dtype,
                     weight_dtype,
@@ -395,5 +411,7 @@ def rmsnorm_mxfp4_quant(
                     SCALE_ADDEND,
                     ROUND_BEFORE_WEIGHT,
                     ROUND_RESULT,
+                    ROW_BLOCKS,
+                    TOKEN_TILES,
                     ISA,
                 )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _pieces
+from fusionpasses.kernels import _pieces, _token_order
 from fusionpasses.kernels import rmsnorm_mxfp4_quant as one_norm
 from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
@@ -188,8 +188,8 @@ def rmsnorm_mxfp4_quant_pair(
     weight_ptr,  # None: no weight
     x2_ptr,
     weight2_ptr,  # None: no weight
-    codes_ptr,
-    scales_ptr,
+    codes_ptr,  # or numbers, in a product's order
+    scales_ptr,  # or a product's flags
     norm2_ptr,
     x_row_stride,
     x2_row_stride,
@@ -210,6 +210,8 @@ def rmsnorm_mxfp4_quant_pair(
     ROUND_RESULT: tl.constexpr,  # to x's dtype; else it stays float32
     ROUND_BEFORE_WEIGHT2: tl.constexpr,
     ROUND_RESULT2: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,  # None: codes and scales; else of _token_order
+    FLAGS: tl.constexpr,
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -220,7 +222,10 @@ def rmsnorm_mxfp4_quant_pair(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        gdc_launch_dependents()
+        if TOKEN_TILES is None:
+            gdc_launch_dependents()
+    if TOKEN_TILES is not None:
+        _token_order.lower_flags(scales_ptr, FLAGS)
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
     program = tl.program_id(0).to(tl.int64)
     if program < programs:
@@ -229,6 +234,8 @@ def rmsnorm_mxfp4_quant_pair(
             x_ptr, weight_ptr, row, first, x_row_stride, rows, ROW_BLOCKS, ROWS, TILE_BLOCKS, CHUNKS
         )
         rstd = _rstd_of(x, eps, dtype, ROW_BLOCKS, ROWS, TILE_BLOCKS, CHUNKS)
+        if TOKEN_TILES is not None:
+            _token_order.let_product_start(ISA)
         for c in tl.static_range(CHUNKS):
             block = first + c * TILE_BLOCKS
             one_norm._normalize_and_quantize(
@@ -237,8 +244,9 @@ def rmsnorm_mxfp4_quant_pair(
                 rstd,
                 block,
                 (block < ROW_BLOCKS) & (row < rows),
-                codes_ptr + row * (ROW_BLOCKS * BLOCK // 2),
-                scales_ptr + row * ROW_BLOCKS,
+                codes_ptr,
+                scales_ptr,
+                row,
                 None,
                 dtype,
                 weight_dtype,
@@ -246,6 +254,8 @@ def rmsnorm_mxfp4_quant_pair(
                 SCALE_ADDEND,
                 ROUND_BEFORE_WEIGHT,
                 ROUND_RESULT,
+                ROW_BLOCKS,
+                TOKEN_TILES,
                 ISA,
             )
     else:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4, _pieces
+from fusionpasses.kernels import _mxfp4, _pieces, _token_order
 from fusionpasses.kernels._mxfp4 import BLOCK, PTX
 from fusionpasses.kernels.arch import Arch
 
@@ -111,8 +111,8 @@ def _activations(e, ACTIVATION: tl.constexpr, CAST_ORDER: tl.constexpr, ISA: tl.
 def silu_mul_mxfp4_quant(
     gate_ptr,
     up_ptr,
-    codes_ptr,
-    scales_ptr,
+    codes_ptr,  # or numbers, in a product's order
+    scales_ptr,  # or a product's flags
     act_ptr,  # None: the product is not stored
     gate_row_stride,  # None, as up's: both are contiguous, and row_blocks is not looked at
     up_row_stride,
@@ -124,6 +124,9 @@ def silu_mul_mxfp4_quant(
     CAST_ORDER: tl.constexpr,  # of float32 always "mul_cast"
     ROUND_RESULT: tl.constexpr,  # to gate's dtype; with "mul_cast" it may stay float32
     SCALE_ADDEND: tl.constexpr,
+    K_BLOCKS: tl.constexpr,  # of a product's row
+    TOKEN_TILES: tl.constexpr,  # None: codes and scales; else of _token_order
+    FLAGS: tl.constexpr,
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
@@ -133,11 +136,17 @@ def silu_mul_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        gdc_launch_dependents()
+        if TOKEN_TILES is None:
+            gdc_launch_dependents()
     within = tl.arange(0, TILE_BLOCKS)[None, :]
     # 64 bits before the first product: offsets pass 2**31 in tensors that fit a GPU.
     first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
-    if gate_row_stride is None:
+    if TOKEN_TILES is not None:
+        row, block = _token_order.place_of(first + within, K_BLOCKS)
+        mask = row < (blocks // K_BLOCKS).to(tl.int32)
+        gate_row = gate_ptr + row.to(tl.int64) * gate_row_stride
+        up_row = up_ptr + row.to(tl.int64) * up_row_stride
+    elif gate_row_stride is None:
         gate_row = gate_ptr + first * BLOCK
         up_row = up_ptr + first * BLOCK
         block = within
@@ -189,4 +198,9 @@ def silu_mul_mxfp4_quant(
         else:
             values = values + (e,)
     codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
-    _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, within, codes, scale, mask, MASKED)
+    if TOKEN_TILES is None:
+        _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, within, codes, scale, mask, MASKED)
+    else:
+        _token_order.let_product_start(ISA)
+        _token_order.lower_flags(scales_ptr, FLAGS)
+        _token_order.store(codes_ptr, row, block, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)

@@ -33,41 +33,49 @@ from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant_pair as pair_kernel
 from fusionpasses.kernels import silu_mul_mxfp4_quant as gated_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
-from fusionpasses.providers import _launch, _triton_gemm, _triton_rope
+from fusionpasses.providers import _destination, _launch, _triton_gemm, _triton_rope
+from fusionpasses.providers._destination import Destination
 
 
-def _dynamic_mxfp4_quant(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
-    blocks = scales.numel()
+def _dynamic_mxfp4_quant(
+    x: Tensor, scale_mode: str = "even", *, into: Destination | None = None
+) -> tuple[Tensor, Tensor | None]:
+    into = into or _destination.outputs(x)
+    blocks, row_blocks = x.numel() // _mxfp4.BLOCK, x.shape[-1] // _mxfp4.BLOCK
     if blocks == 0:
-        return codes, scales
-    row_blocks = scales.shape[-1]
+        return into[:2]
     gpu = arch.of(x.device)
     options: dict[str, Any] = quant_kernel.launch_options(gpu)
     tile = options["TILE_BLOCKS"]
     x, stride = _aligned_rows(x)
     row_stride: int | None = stride
-    if stride == x.shape[-1] or blocks == row_blocks:
+    k_blocks = None
+    if into.token_tiles is not None:
+        k_blocks, row_blocks = row_blocks, blocks // row_blocks
+        grid, masked = into.programs(row_blocks, k_blocks, tile)
+    elif stride == x.shape[-1] or blocks == row_blocks:
         row_stride = None
         row_blocks = blocks
-        grid = (-(-blocks // tile), 1)
+        grid, masked = (-(-blocks // tile), 1), blocks % tile != 0
     else:
-        grid = (blocks // row_blocks, -(-row_blocks // tile))
+        grid, masked = (blocks // row_blocks, -(-row_blocks // tile)), row_blocks % tile != 0
     with _launch.on_device_of(x):
         _launch.launch(
             quant_kernel.dynamic_mxfp4_quant,
             grid,
             x,
-            codes,
-            scales,
+            into.codes,
+            into.scales,
             row_stride,
             row_blocks,
-            MASKED=row_blocks % tile != 0,
+            MASKED=masked,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
+            K_BLOCKS=k_blocks,
             ISA=gpu.isa,
+            **into.constants,
             **options,
         )
-    return codes, scales
+    return into[:2]
 
 
 def _rmsnorm_mxfp4_quant(
@@ -78,10 +86,11 @@ def _rmsnorm_mxfp4_quant(
     cast_order: str,
     norm_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
-    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, None)
-    return codes, scales
+    into: Destination | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    into = into or _destination.outputs(x)
+    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, into, None, None)
+    return into[:2]
 
 
 def _rmsnorm_mxfp4_quant_with_norm(
@@ -92,11 +101,11 @@ def _rmsnorm_mxfp4_quant_with_norm(
     cast_order: str,
     norm_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    into = _destination.outputs(x)
     norm = _rms_norm.fake(x, weight, cast_order, norm_dtype)
-    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, norm)
-    return codes, scales, norm
+    _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, into, None, norm)
+    return *into[:2], norm
 
 
 def _rmsnorm_mxfp4_quant_with_second(
@@ -112,23 +121,24 @@ def _rmsnorm_mxfp4_quant_with_second(
     cast_order2: str,
     norm_dtype2: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
+    into: Destination | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    into = into or _destination.outputs(x)
     norm2 = _rms_norm.fake(x2, weight2, cast_order2, norm_dtype2)
-    row_blocks, row_blocks2 = scales.shape[-1], x2.shape[-1] // _mxfp4.BLOCK
-    rows = scales.numel() // row_blocks
+    row_blocks, row_blocks2 = x.shape[-1] // _mxfp4.BLOCK, x2.shape[-1] // _mxfp4.BLOCK
+    rows = x.shape[:-1].numel()
     if rows == 0:
-        return codes, scales, norm2
+        return *into[:2], norm2
     gpu = arch.of(x.device)
     dtypes = [None if w is None else w.dtype for w in (weight, weight2)]
     first = rows, row_blocks, x.dtype, dtypes[0], cast_order
     chosen = pair_kernel.launch_options(*first, row_blocks2, dtypes[1], norm2.dtype, cast_order2, gpu)
     if chosen is None:
         # The second by the kernel that quantises as well, which no model's width needs.
-        codes2, scales2 = (_launch.scratch(x2, tuple(shape), torch.uint8) for shape in _mxfp4.packed_shapes(x2))
-        _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, None, None)
-        _launch_norm(x2, None, weight2, eps2, cast_order2, norm_dtype2, "even", codes2, scales2, None, norm2)
-        return codes, scales, norm2
+        into2 = _destination.in_scratch(x2)
+        _launch_norm(x, None, weight, eps, cast_order, norm_dtype, scale_mode, into, None, None)
+        _launch_norm(x2, None, weight2, eps2, cast_order2, norm_dtype2, "even", into2, None, norm2)
+        return *into[:2], norm2
     rounding = _roundings(x, weight, cast_order, norm_dtype)
     rounding2 = _roundings(x2, weight2, cast_order2, norm_dtype2)
     (x, stride), (x2, stride2) = _aligned_rows(x), _aligned_rows(x2)
@@ -142,8 +152,8 @@ def _rmsnorm_mxfp4_quant_with_second(
             weight,
             x2,
             weight2,
-            codes,
-            scales,
+            into.codes,
+            into.scales,
             norm2,
             stride,
             stride2,
@@ -159,9 +169,10 @@ def _rmsnorm_mxfp4_quant_with_second(
             ROUND_BEFORE_WEIGHT2=rounding2[0],
             ROUND_RESULT2=rounding2[1],
             ISA=gpu.isa,
+            **into.constants,
             **options,
         )
-    return codes, scales, norm2
+    return *into[:2], norm2
 
 
 def _rmsnorm_add_mxfp4_quant(
@@ -173,11 +184,12 @@ def _rmsnorm_add_mxfp4_quant(
     cast_order: str,
     norm_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
+    into: Destination | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    into = into or _destination.outputs(x)
     total = x.new_empty(x.shape)
-    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, total, None)
-    return codes, scales, total
+    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, into, total, None)
+    return *into[:2], total
 
 
 def _rmsnorm_add_mxfp4_quant_with_norm(
@@ -189,12 +201,12 @@ def _rmsnorm_add_mxfp4_quant_with_norm(
     cast_order: str,
     norm_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(x)
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    into = _destination.outputs(x)
     total = x.new_empty(x.shape)
     norm = _rms_norm.fake(x, weight, cast_order, norm_dtype)
-    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, codes, scales, total, norm)
-    return codes, scales, total, norm
+    _launch_norm(x, residual, weight, eps, cast_order, norm_dtype, scale_mode, into, total, norm)
+    return *into[:2], total, norm
 
 
 def _silu_mul_mxfp4_quant(
@@ -205,10 +217,11 @@ def _silu_mul_mxfp4_quant(
     cast_order: str,
     act_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(gate)
-    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, codes, scales, None)
-    return codes, scales
+    into: Destination | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    into = into or _destination.outputs(gate)
+    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, into, None)
+    return into[:2]
 
 
 def _silu_mul_mxfp4_quant_with_act(
@@ -219,11 +232,11 @@ def _silu_mul_mxfp4_quant_with_act(
     cast_order: str,
     act_dtype: torch.dtype | None = None,
     scale_mode: str = "even",
-) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales = _mxfp4.fake_quantized(gate)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    into = _destination.outputs(gate)
     act = gate.new_empty(gate.shape, dtype=act_dtype or gate.dtype)
-    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, codes, scales, act)
-    return codes, scales, act
+    _launch_gated(gate, up, activation, cast_order, act_dtype, scale_mode, into, act)
+    return *into[:2], act
 
 
 #: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
@@ -236,6 +249,11 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
     "silu_mul_mxfp4_quant.default": _silu_mul_mxfp4_quant,
     "silu_mul_mxfp4_quant.with_act": _silu_mul_mxfp4_quant_with_act,
+    "dynamic_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_dynamic_mxfp4_quant),
+    "rmsnorm_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_rmsnorm_mxfp4_quant),
+    "rmsnorm_mxfp4_quant.with_second_then_gemm": _triton_gemm.then_gemm(_rmsnorm_mxfp4_quant_with_second),
+    "rmsnorm_add_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_rmsnorm_add_mxfp4_quant),
+    "silu_mul_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_silu_mul_mxfp4_quant),
     **_triton_rope.ADAPTERS,
     **_triton_gemm.ADAPTERS,
 }
@@ -257,14 +275,13 @@ def _launch_norm(
     cast_order: str,
     norm_dtype: torch.dtype | None,
     scale_mode: str,
-    codes: Tensor,
-    scales: Tensor,
+    into: Destination,
     total: Tensor | None,
     norm: Tensor | None,
 ) -> None:
-    if scales.numel() == 0:
+    if x.numel() == 0:
         return
-    row_blocks = scales.shape[-1]
+    rows, row_blocks = x.shape[:-1].numel(), x.shape[-1] // _mxfp4.BLOCK
     round_before_weight, round_result = _roundings(x, weight, cast_order, norm_dtype)
     x, x_stride = _aligned_rows(x)
     residual_stride = None
@@ -272,7 +289,6 @@ def _launch_norm(
         residual, residual_stride = _aligned_rows(residual)
     if weight is not None:
         weight, _ = _aligned_rows(weight)
-    rows = scales.numel() // row_blocks
     gpu = arch.of(x.device)
     chosen, programs = norm_kernel.launch_options(
         rows,
@@ -292,8 +308,8 @@ def _launch_norm(
             x,
             residual,
             weight,
-            codes,
-            scales,
+            into.codes,
+            into.scales,
             total,
             norm,
             x_stride,
@@ -305,6 +321,7 @@ def _launch_norm(
             ROUND_BEFORE_WEIGHT=round_before_weight,
             ROUND_RESULT=round_result,
             ISA=gpu.isa,
+            **into.constants,
             **options,
         )
 
@@ -316,42 +333,46 @@ def _launch_gated(
     cast_order: str,
     act_dtype: torch.dtype | None,
     scale_mode: str,
-    codes: Tensor,
-    scales: Tensor,
+    into: Destination,
     act: Tensor | None,
 ) -> None:
-    blocks = scales.numel()
+    n = gate.shape[-1]
+    blocks, row_blocks = gate.numel() // _mxfp4.BLOCK, n // _mxfp4.BLOCK
     if blocks == 0:
         return
-    row_blocks = scales.shape[-1]
-    n = gate.shape[-1]
     dtype = gate.dtype
     gate, gate_stride = _aligned_rows(gate)
     up, up_stride = _aligned_rows(up)
-    flat = blocks == row_blocks or (gate_stride, up_stride) == (n, n)
+    in_order = into.token_tiles is not None
+    flat = not in_order and (blocks == row_blocks or (gate_stride, up_stride) == (n, n))
     gpu = arch.of(gate.device)
     options: dict[str, Any] = gated_kernel.launch_options(blocks // row_blocks, row_blocks, gpu)
     tile = options["TILE_BLOCKS"]
+    grid, masked = (-(-blocks // tile), 1), blocks % tile != 0
+    if in_order:
+        grid, masked = into.programs(blocks // row_blocks, row_blocks, tile)
     with _launch.on_device_of(gate):
         _launch.launch(
             gated_kernel.silu_mul_mxfp4_quant,
-            (-(-blocks // tile),),
+            grid,
             gate,
             up,
-            codes,
-            scales,
+            into.codes,
+            into.scales,
             act,
             None if flat else gate_stride,
             None if flat else up_stride,
             None if flat else row_blocks,
             blocks,
-            MASKED=blocks % tile != 0,
+            MASKED=masked,
             ACTIVATION=activation,
             # In float32 there is nothing to round.
             CAST_ORDER="mul_cast" if dtype == torch.float32 else cast_order,
             ROUND_RESULT=act_dtype in (None, dtype),
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
+            K_BLOCKS=row_blocks if in_order else None,
             ISA=gpu.isa,
+            **into.constants,
             **options,
         )
 
