@@ -55,6 +55,10 @@ def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[A
         nope = ("up", "w_uk") if "bmm" in name else ("q_nope",) if "absorbed" in name else ()
         names = (*nope, "q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
         return tuple(b[name] for name in names), rope_mla_kv_cache.KWARGS | {"positions": b["positions"]}
+    if name.endswith("then_gemm"):
+        args, kwargs = arguments(name.removesuffix("then_gemm").rstrip("._"), x, weight)
+        (_, _, w_codes, w_scales, _), of_gemm = arguments("mxfp4_gemm.default", x, weight)
+        return args, kwargs | of_gemm | {"w_codes": w_codes, "w_scales": w_scales}
     if "gemm" in name:
         # As many rows as x has columns, prepared.
         n = x.shape[-1]

@@ -26,7 +26,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusionpasses import probes, providers, remarks, who_runs
+from fusionpasses import probes, providers, remarks, then_gemm, who_runs
 from fusionpasses.anchors import Anchor
 from fusionpasses.config import FusionConfig
 from fusionpasses.dump import DumpFolder
@@ -76,8 +76,9 @@ def op_name(target: Any) -> str:
 
 
 def count_ops(graph: fx.Graph) -> dict[str, int]:
-    """Calls per op packet; a call wrapped by auto_functionalized counts as the op inside it."""
+    """Calls per op packet; a call wrapped by auto_functionalized counts as the op inside it, a joined one as both."""
     counts: Counter[str] = Counter()
+    joined = then_gemm.THEN_GEMM.values()
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
@@ -85,6 +86,8 @@ def count_ops(graph: fx.Graph) -> dict[str, int]:
         if getattr(target, "__name__", "") in _HIGHER_ORDER_WRAPPERS and node.args:
             target = node.args[0]
         counts[op_name(target)] += 1
+        if target in joined:
+            counts["mxfp4_gemm"] += 1
     return dict(counts)
 
 
@@ -168,6 +171,8 @@ class Pipeline(CustomGraphPass):
         report.sites = verdicts(passes)
         report.messages += who_runs.settle(graph, report.sites, self._config.provider)
         report.messages += remarks.of_graph(graph)
+        if not left_out:
+            report.messages += then_gemm.join(graph)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
             self._observe("after", graph)

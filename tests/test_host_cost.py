@@ -31,9 +31,10 @@ ours = torch.ops.fusionpasses
 GIVEN = _plan._given
 QUANT = "dynamic_mxfp4_quant.default"
 EVERY_NAME = [name for name in OPS if providers.verdict("triton", name, "cuda")]
-NAMES = [name for name in EVERY_NAME if "mxfp4_quant" in name]
+THEN_GEMMS = [name for name in EVERY_NAME if name.endswith("then_gemm")]
+NAMES = [name for name in EVERY_NAME if "mxfp4_quant" in name and name not in THEN_GEMMS]
 CACHE_WRITES = [name for name in EVERY_NAME if "mla" in name]
-GEMMS = [name for name in EVERY_NAME if "gemm" in name]
+GEMMS = [name for name in EVERY_NAME if name.startswith("mxfp4_gemm")]
 
 
 # ---- a GPU that is not there

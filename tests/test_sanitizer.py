@@ -26,6 +26,8 @@ from fusionpasses.providers.triton import ADAPTERS
 
 #: Less than a row's tile; a tile and a masked rest; more rows than programs that stay; rows in several chunks.
 SHAPES = ((3, 32), (3, 96), (2, 2880), (1700, 512), (2, 20000))
+#: Of quants that go on to a product: tokens that are put in order for each of its kernels.
+SHAPES_THEN_GEMM = ((12, 1024), (20, 8192))
 #: Tokens; rows, width and layout of a weight, none of which is a whole number of tiles, for each kernel of Hopper's.
 TOKENS = (3, 20, 100)
 WEIGHTS = ((40, 160, "linear"), (40, 160, "tiles"), (4100, 8224, "tiles"))
@@ -42,17 +44,27 @@ def calls(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...], dict[str
         if "mla" in name or "x2" in arguments:
             for args, kwargs in OPS[name].samples(device):
                 yield name, args, kwargs
-        elif "w_codes" in arguments:
+        elif name.startswith("mxfp4_gemm"):
             yield from _products(name, device)
         else:
-            for rows, n in SHAPES:
+            then_gemm = name.endswith("then_gemm")
+            for rows, n in SHAPES_THEN_GEMM if then_gemm else SHAPES:
                 given: dict[str, Any] = {
                     **{x: torch.randn(rows, n, device=device).bfloat16() for x in ("x", "residual", "gate", "up")},
                     "weight": torch.randn(n, device=device).bfloat16(),
                     "eps": 1e-6,
                     "cast_order": "cast_mul" if "gate" in arguments else "cast_scale",
                 }
-                yield name, (), {argument: given[argument] for argument in arguments if argument in given}
+                if then_gemm:
+                    given |= _weight(2**25 // n + 4, n, device) | {"out_dtype": torch.bfloat16}
+                schema = [a for a in OPS[name].overload._schema.arguments if a.name in given]
+                by_name = {a.name: given[a.name] for a in schema if a.kwarg_only}
+                yield name, tuple(given[a.name] for a in schema if not a.kwarg_only), by_name
+
+
+def _weight(rows: int, width: int, device: torch.device) -> dict[str, Any]:
+    codes, scales, shift = _mxfp4_weight.prepare(*_mxfp4.quantize(torch.randn(rows, width, device=device), "even"))
+    return {"w_codes": codes, "w_scales": scales, "layout": "tiles", "rows": rows, "shift": shift}
 
 
 def _products(name: str, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

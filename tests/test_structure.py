@@ -32,6 +32,7 @@ ALLOWED = {
     "dump": {"errors", "patterns", "pipeline", "probes", "providers", "report"},
     "remarks": {"kernels", "patterns", "probes"},
     "who_runs": {"patterns", "providers", "remarks", "report"},
+    "then_gemm": {"kernels", "patterns", "remarks"},
     "pipeline": {
         "anchors",
         "config",
@@ -42,6 +43,7 @@ ALLOWED = {
         "providers",
         "remarks",
         "report",
+        "then_gemm",
         "who_runs",
     },
     "records": {"report"},

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fusionpasses.ops import _mxfp4
 from fusionpasses.ops._op import Sample, declare
+from fusionpasses.ops._then_gemm import declare_then_gemm
 
 
 def check(x: Tensor, scale_mode: str = "even") -> None:
@@ -58,3 +59,4 @@ OP = declare(
     fake=fake,
     samples=samples,
 )
+OP_THEN_GEMM = declare_then_gemm(OP, '(Tensor x, str scale_mode="even", *, str provider="auto")')

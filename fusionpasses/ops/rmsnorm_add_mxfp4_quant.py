@@ -22,6 +22,7 @@ from torch import Tensor
 from fusionpasses.errors import UnsupportedInput
 from fusionpasses.ops import _mxfp4, _rms_norm, rmsnorm_mxfp4_quant
 from fusionpasses.ops._op import Sample, declare
+from fusionpasses.ops._then_gemm import declare_then_gemm
 
 _ARGUMENTS = (
     "(Tensor x, Tensor residual, Tensor? weight, float eps, *, str cast_order, ScalarType? norm_dtype=None, "
@@ -107,3 +108,4 @@ OP_WITH_NORM = declare(
     fake=fake_with_norm,
     samples=samples,
 )
+OP_THEN_GEMM = declare_then_gemm(OP, _ARGUMENTS, ", Tensor sum")

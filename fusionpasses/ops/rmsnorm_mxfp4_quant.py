@@ -40,6 +40,7 @@ from torch import Tensor
 from fusionpasses.errors import UnsupportedInput
 from fusionpasses.ops import _mxfp4, _rms_norm
 from fusionpasses.ops._op import Sample, declare
+from fusionpasses.ops._then_gemm import declare_then_gemm
 
 _ARGUMENTS = (
     "(Tensor x, Tensor? weight, float eps, *, str cast_order, ScalarType? norm_dtype=None, "
@@ -231,3 +232,5 @@ OP_WITH_SECOND = declare(
     fake=fake_with_second,
     samples=samples_with_second,
 )
+OP_THEN_GEMM = declare_then_gemm(OP, _ARGUMENTS)
+OP_WITH_SECOND_THEN_GEMM = declare_then_gemm(OP_WITH_SECOND, _ARGUMENTS_WITH_SECOND, ", Tensor norm2")

@@ -50,6 +50,7 @@ from torch import Tensor
 from fusionpasses.errors import UnsupportedInput
 from fusionpasses.ops import _mxfp4
 from fusionpasses.ops._op import Sample, declare
+from fusionpasses.ops._then_gemm import declare_then_gemm
 
 ACTIVATIONS = ("silu", "x_sigmoid", "gelu_tanh")
 CAST_ORDERS = ("cast_mul", "mul_cast", "cast_each")
@@ -191,3 +192,4 @@ OP_WITH_ACT = declare(
     fake=fake_with_act,
     samples=samples,
 )
+OP_THEN_GEMM = declare_then_gemm(OP, _ARGUMENTS)

@@ -38,13 +38,18 @@ _IMPLEMENTS: dict[str, frozenset[str]] = {
     "triton": frozenset(
         {
             "dynamic_mxfp4_quant.default",
+            "dynamic_mxfp4_quant.then_gemm",
             "rmsnorm_mxfp4_quant.default",
             "rmsnorm_mxfp4_quant.with_norm",
             "rmsnorm_mxfp4_quant.with_second",
+            "rmsnorm_mxfp4_quant.then_gemm",
+            "rmsnorm_mxfp4_quant.with_second_then_gemm",
             "rmsnorm_add_mxfp4_quant.default",
             "rmsnorm_add_mxfp4_quant.with_norm",
+            "rmsnorm_add_mxfp4_quant.then_gemm",
             "silu_mul_mxfp4_quant.default",
             "silu_mul_mxfp4_quant.with_act",
+            "silu_mul_mxfp4_quant.then_gemm",
             "fused_rope_mla_kv_cache.default",
             "fused_rope_mla_kv_cache.with_k",
             "fused_rope_mla_kv_cache.absorbed",

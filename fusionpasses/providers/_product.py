@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fusionpasses.kernels.arch import Arch
+from fusionpasses.providers._destination import Destination
 
 
 class Product(NamedTuple):
@@ -24,6 +25,7 @@ class Product(NamedTuple):
     layout: str  #: of the weight: "linear" or "tiles"
     shift: int
     gpu: Arch
+    ordered: Destination | None = None  #: x as this product puts it in order; then x is not read
 
     @property
     def x_stride(self) -> int:

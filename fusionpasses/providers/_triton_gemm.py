@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fusionpasses.kernels import _mxfp4_words, arch, gemm_choice, mxfp4_dequantize, mxfp4_gemm
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
-from fusionpasses.providers import _launch, _triton_gemm_dot, _triton_gemm_wgmma
+from fusionpasses.providers import _destination, _launch, _triton_gemm_dot, _triton_gemm_wgmma
+from fusionpasses.providers._destination import Destination
 from fusionpasses.providers._product import Product
 
 #: bfloat16 numbers that a number of x is the sum of, at most.
@@ -84,6 +85,58 @@ def _mxfp4_gemm_a16w4(
     return out
 
 
+def then_gemm(quant: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """The adapter of a quant and the product of what it gives; ``quant`` is that of the quant, with ``into``.
+
+    A product that begins by putting codes in order gets numbers in that order from the quant: a launch less.
+    """
+
+    def run(
+        x: Tensor,
+        *args: Any,
+        w_codes: Tensor,
+        w_scales: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype,
+        layout: str = "linear",
+        rows: int | None = None,
+        shift: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        n = w_codes.shape[0] if rows is None else rows
+        out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
+        tokens, width = x.shape[:-1].numel(), x.shape[-1]
+        gpu = arch.of(x.device)
+        with _launch.on_device_of(x):
+            # Before the quant: the product reads the weight while that still runs.
+            w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
+            into = _destination_of_quant(x, tokens, n, width, layout, gpu) if out.numel() else None
+            if into is None or w_codes.data_ptr() % 16 or w_scales.data_ptr() % 16:
+                into = _destination.in_scratch(x)
+            _, _, *rest = quant(x, *args, **kwargs, into=into)
+            if out.numel():
+                ordered = None if into.token_tiles is None else into
+                scales = into.scales if ordered is None else None
+                product = Product(
+                    into.codes, scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu, ordered
+                )
+                _launch_chosen(product)
+        return (out, *rest) if rest else out
+
+    return run
+
+
+def _destination_of_quant(
+    x: Tensor, tokens: int, rows: int, width: int, layout: str, gpu: arch.Arch
+) -> Destination | None:
+    choice = gemm_choice.choose(tokens, rows, width, gpu, w4a4=True, layout=layout)
+    if gemm_choice.token_order(choice, tokens, rows, width, layout) is None:
+        return None
+    if choice.kernel == "mxfp4_gemm":
+        return destination(x, tokens, width)
+    return _triton_gemm_wgmma.destination(x, tokens, width, choice.options)
+
+
 #: The adapter of each op (``packet.overload``): the op's arguments without ``provider``, already checked.
 ADAPTERS: dict[str, Callable[..., Any]] = {
     "mxfp4_gemm.default": _mxfp4_gemm,
@@ -92,8 +145,8 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 
 
 def _launch_chosen(product: Product) -> None:
-    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu = product
-    w4a4 = x_scales is not None
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu, ordered = product
+    w4a4 = x_scales is not None or ordered is not None
     kernel, options, _ = gemm_choice.choose(tokens, rows, width, gpu, w4a4=w4a4, layout=layout)
     if kernel == "mxfp4_gemm":
         _multiply(product, options, in_order=w4a4 and not mxfp4_gemm.decodes_tokens(tokens, rows, width))
@@ -112,10 +165,14 @@ def _launch_chosen(product: Product) -> None:
 
 def _multiply(product: Product, options: dict[str, Any], *, in_order: bool) -> None:
     """By ``mxfp4_gemm``; ``in_order``: codes of x are made bfloat16 first, in the order in which threads load it."""
-    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu = product
-    stride: int | None = product.x_stride
-    if in_order:
-        x, x_scales, stride = _in_order(product), None, None
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu, ordered = product
+    stride: int | None = None
+    if ordered is not None:
+        x, x_scales = ordered.codes, None
+    elif in_order:
+        x, x_scales = _in_order(product), None
+    else:
+        stride = product.x_stride
     if w_codes.data_ptr() % 16 or w_scales.data_ptr() % 16:
         options = options | {"STAGES": 0}  # what is not aligned cannot be copied to shared memory
     split = options["SPLIT"]
@@ -143,14 +200,19 @@ def _multiply(product: Product, options: dict[str, Any], *, in_order: bool) -> N
         _triton_gemm_dot.add_up(sums, bias, out, tokens, rows, shift, gpu)
 
 
+def destination(x: Tensor, tokens: int, width: int) -> Destination:
+    """Scratch for tokens in the order of ``mxfp4_gemm``."""
+    shape = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 8 * _mxfp4_weight.TILE_WIDTH
+    return Destination(_launch.scratch(x, shape, torch.bfloat16), None, 0)
+
+
 def _in_order(product: Product) -> Tensor:
     """MXFP4 x as bfloat16, in the order in which the kernel's threads load it, in scratch."""
     tokens, width = product.tokens, product.width
-    tiles, columns, warps = -(-tokens // 8), -(-width // _mxfp4_weight.TILE_WIDTH), 4
-    out = _launch.scratch(product.x, (tiles, columns, 8 * _mxfp4_weight.TILE_WIDTH), torch.bfloat16)
+    out, warps = destination(product.x, tokens, width).codes, 4
     _launch.launch(
         mxfp4_gemm.mxfp4_gemm_arrange,
-        (-(-columns // warps), tiles),
+        (-(-out.shape[1] // warps), out.shape[0]),
         product.x,
         product.x_scales,
         out,

@@ -14,7 +14,7 @@ from fusionpasses.providers._product import Product
 
 def multiply(product: Product, options: dict[str, Any]) -> None:
     """Of a weight in layout "linear"; ``options`` of ``mxfp4_gemm_dot.launch_options``."""
-    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, *_, gpu = product
+    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, _, _, gpu, _ = product
     parts = options["SPLIT_K"]
     sums = out if parts == 1 else _launch.scratch(x, (parts, tokens, rows), torch.float32)
     _launch.launch(

@@ -10,52 +10,33 @@ from torch import Tensor
 from fusionpasses.kernels import mxfp4_gemm_wgmma
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 from fusionpasses.providers import _launch
+from fusionpasses.providers._destination import Destination
 from fusionpasses.providers._product import Product
 
 
 def multiply(product: Product, options: dict[str, Any]) -> None:
     """Of a weight in layout "tiles"; ``options`` of ``launch_options``."""
-    x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, _, shift, gpu = product
+    x, _, w_codes, w_scales, bias, out, tokens, rows, width, _, shift, gpu, ordered = product
     w_codes, w_scales = _aligned(w_codes), _aligned(w_scales)
+    if ordered is None:
+        ordered = destination(x, tokens, width, options)
+        _interleave(product, ordered)
     options = dict(options)
-    programs, token_tiles, unrolled = options.pop("PROGRAMS"), options["TOKEN_TILES"], options["UNROLLED"]
-    groups = -(-tokens // (8 * token_tiles))
-    units = -(-width // (_mxfp4_weight.TILE_WIDTH * unrolled))
-    columns, warps = units * unrolled, 4
+    programs, token_tiles = options.pop("PROGRAMS"), options["TOKEN_TILES"]
+    groups, columns, _ = ordered.codes.shape
+    units = columns // options["UNROLLED"]
     threads = 128 * options["WARPGROUPS"]
-    in_order = _launch.scratch(x, (groups, columns, token_tiles * 1024), torch.bfloat16)
-    flags = _launch.scratch(x, (programs,), torch.int32)
     partial = _launch.scratch(x, (programs, 4 * token_tiles, threads), torch.float32)
-    _launch.launch(
-        mxfp4_gemm_wgmma.mxfp4_gemm_interleave,
-        (-(-columns // warps), groups * token_tiles),
-        x,
-        x_scales,
-        in_order,
-        flags,
-        tokens,
-        programs,
-        product.x_stride,
-        None if x_scales is None else width // _mxfp4.BLOCK,
-        K=width,
-        COLUMNS=columns,
-        TOKEN_TILES=token_tiles,
-        WARPS=warps,
-        ISA=gpu.isa,
-        num_warps=warps,
-        enable_fp_fusion=False,
-        launch_pdl=True,
-    )
     _launch.launch(
         mxfp4_gemm_wgmma.mxfp4_gemm_wgmma,
         (programs,),
-        in_order,
+        ordered.codes,
         w_codes,
         w_scales,
         bias,
         out,
         partial,
-        flags,
+        ordered.scales,
         tokens,
         rows,
         groups,
@@ -65,6 +46,41 @@ def multiply(product: Product, options: dict[str, Any]) -> None:
         K=width,
         ISA=gpu.isa,
         **options,
+    )
+
+
+def destination(x: Tensor, tokens: int, width: int, options: dict[str, Any]) -> Destination:
+    """Scratch for tokens in the order of the kernel, and for its flags."""
+    token_tiles, unrolled = options["TOKEN_TILES"], options["UNROLLED"]
+    groups = -(-tokens // (8 * token_tiles))
+    columns = -(-width // (_mxfp4_weight.TILE_WIDTH * unrolled)) * unrolled
+    numbers = _launch.scratch(x, (groups, columns, token_tiles * 1024), torch.bfloat16)
+    return Destination(numbers, _launch.scratch(x, (options["PROGRAMS"],), torch.int32), token_tiles)
+
+
+def _interleave(product: Product, ordered: Destination) -> None:
+    numbers, flags, token_tiles = ordered
+    groups, columns, _ = numbers.shape
+    warps = 4
+    _launch.launch(
+        mxfp4_gemm_wgmma.mxfp4_gemm_interleave,
+        (-(-columns // warps), groups * (token_tiles or 0)),
+        product.x,
+        product.x_scales,
+        numbers,
+        flags,
+        product.tokens,
+        0 if flags is None else flags.numel(),
+        product.x_stride,
+        None if product.x_scales is None else product.width // _mxfp4.BLOCK,
+        K=product.width,
+        COLUMNS=columns,
+        TOKEN_TILES=token_tiles,
+        WARPS=warps,
+        ISA=product.gpu.isa,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        launch_pdl=True,
     )
 
 

@@ -1,0 +1,125 @@
+"""Joins a quant and the product that alone reads what it gives, where the kernels have something to hand over.
+
+Some products begin by putting quantised tokens in an order of their own, with a kernel (``kernels/_token_order.py``).
+The kernel that quantises may as well write that order. So, after the passes, such a quant and its ``mxfp4_gemm`` become
+one call, ``<quant>.then_gemm``, which means the two. Nothing but that changes: it is neither a fusion of the model's
+arithmetic nor a site of the report, which counts both ops as before and has a line that says how many were joined.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from fusionpasses import remarks
+from fusionpasses.kernels import arch
+from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, tensor_of, writes
+
+ours = torch.ops.fusionpasses
+
+#: Each quant, and the overload that goes on to the product.
+THEN_GEMM: dict[Any, Any] = {
+    ours.dynamic_mxfp4_quant.default: ours.dynamic_mxfp4_quant.then_gemm,
+    ours.rmsnorm_mxfp4_quant.default: ours.rmsnorm_mxfp4_quant.then_gemm,
+    ours.rmsnorm_mxfp4_quant.with_second: ours.rmsnorm_mxfp4_quant.with_second_then_gemm,
+    ours.rmsnorm_add_mxfp4_quant.default: ours.rmsnorm_add_mxfp4_quant.then_gemm,
+    ours.silu_mul_mxfp4_quant.default: ours.silu_mul_mxfp4_quant.then_gemm,
+}
+_GEMM = ours.mxfp4_gemm.default
+
+
+class Pair(NamedTuple):
+    """A quant, its results in the graph by place, and the product that reads the first two and is the only one to."""
+
+    quant: fx.Node
+    results: dict[int, fx.Node]
+    gemm: fx.Node
+
+
+def saves_a_launch(pair: Pair) -> bool:
+    """Does the product, run by our Triton kernels on the GPU that is here, put its tokens in order?"""
+    if {pair.quant.kwargs.get("provider"), pair.gemm.kwargs.get("provider")} != {"triton"}:
+        return False
+    arguments = bound_arguments(pair.gemm)
+    out, codes = tensor_of(pair.gemm), tensor_of(arguments["x_codes"])
+    if out is None or codes is None or remarks.architecture(out.device) is None:
+        return False
+    sizes = *out.shape, codes.shape[-1]
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    tokens, rows, width, layout = out.shape[:-1].numel(), sizes[-2], sizes[-1] * 2, arguments["layout"]
+    if not tokens or not rows:
+        return False
+    from fusionpasses.kernels import gemm_choice
+
+    choice = gemm_choice.choose(tokens, rows, width, arch.of(out.device), w4a4=True, layout=layout)
+    return gemm_choice.token_order(choice, tokens, rows, width, layout) is not None
+
+
+def join(graph: fx.Graph, pays: Callable[[Pair], bool] = saves_a_launch) -> list[str]:
+    """Join the pairs for which it pays, and say so: lines for the report."""
+    joined: Counter[str] = Counter()
+    writers = [node for node in graph.nodes if writes(node)]
+    for node in list(graph.nodes):
+        pair = _pair_of(node)
+        if pair is not None and pays(pair) and _may_move(pair, writers):
+            joined[f"{node.target._opname}.{node.target._overloadname}".removesuffix(".default")] += 1
+            _join(graph, pair)
+    return [
+        f"{count} {name} joined with the mxfp4_gemm behind: tokens are handed over in the order that its kernel reads"
+        for name, count in joined.items()
+    ]
+
+
+def _pair_of(quant: fx.Node) -> Pair | None:
+    if quant.target not in THEN_GEMM or not quant.args:
+        return None
+    results: dict[int, fx.Node] = {}
+    for user in quant.users:
+        place: Any = user.args[1] if user.target is operator.getitem else None
+        if place is None or place in results:
+            return None
+        results[place] = user
+    if not {0, 1} <= results.keys():
+        return None
+    readers = {*results[0].users, *results[1].users}
+    gemm = next(iter(readers), None)
+    if gemm is None or len(readers) > 1 or gemm.target is not _GEMM:
+        return None
+    arguments = bound_arguments(gemm)
+    given = arguments.pop("x_codes"), arguments.pop("x_scales")
+    if given != (results[0], results[1]) or any(value in given for value in arguments.values()):
+        return None
+    return Pair(quant, results, gemm)
+
+
+def _may_move(pair: Pair, writers: Sequence[fx.Node]) -> bool:
+    """Can the product stand where the quant is? What it takes must be there, and not be written to before it."""
+    between = [node for node in writers if pair.quant < node < pair.gemm]
+    others = [node for node in pair.gemm.all_input_nodes if node not in pair.results.values()]
+    return not between and all(node < pair.quant for node in others)
+
+
+def _join(graph: fx.Graph, pair: Pair) -> None:
+    quant, results, gemm = pair
+    kwargs = bound_arguments(gemm)
+    del kwargs["x_codes"], kwargs["x_scales"]
+    others: tuple[Any, ...] = tuple(quant.meta["val"][2:]) if "val" in quant.meta else ()
+    value: Any = (gemm.meta["val"], *others) if others else gemm.meta["val"]
+    with graph.inserting_before(quant):
+        joined = call(graph, THEN_GEMM[quant.target], quant.args, quant.kwargs | kwargs, provenance=quant, value=value)
+    if not others:
+        gemm.replace_all_uses_with(joined)
+    else:
+        with graph.inserting_after(joined):
+            out = call(graph, operator.getitem, (joined, 0), {}, provenance=gemm, value=gemm.meta["val"])
+        gemm.replace_all_uses_with(out)
+        for place, result in results.items():
+            if place >= 2:
+                result.args = (joined, place - 1)
+    erase_dead([quant, *results.values(), gemm])
