@@ -27,28 +27,38 @@ def sets_for(moved: int) -> int:
     return max(4, min(128, 200_000_000 // moved + 1))
 
 
+class Replays:
+    """A CUDA graph of some calls, to be timed when one wants; ``calls`` have been made once before."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        torch.cuda.synchronize()
+        self._count = len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._kept = [call() for call in calls]  # or the next call would get its outputs' memory
+
+    def time(self, replays: int = 5) -> float:
+        """Microseconds of one call."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM_UP:
+            self._graph.replay()
+            torch.cuda.synchronize()
+        times = []
+        for _ in range(replays):
+            _flush_buffer().zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            self._graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000 / self._count)
+        return float(statistics.median(times))
+
+
 def replay_time(calls: Sequence[Callable[[], Any]], replays: int = 5) -> float:
     """Microseconds of one call."""
     calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # or the next call would get its outputs' memory
-    started = time.perf_counter()
-    while time.perf_counter() - started < WARM_UP:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        _flush_buffer().zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    del kept
-    return float(statistics.median(times))
+    return Replays(calls).time(replays)
 
 
 @functools.cache
