@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fusionpasses.ops import OPS
@@ -323,6 +325,49 @@ def check_quant() -> None:
     assert_same(QUANT, (torch.randn(3, 96),), {})
 
 
+@st.composite
+def row_layouts(draw: st.DrawFn) -> Tensor:
+    """Rows of one to three leading axes in any order in memory, some repeated, padded, and off alignment."""
+    axes = draw(st.integers(1, 3))
+    sizes = [draw(st.integers(1, 5)) for _ in range(axes)]
+    n = BLOCK * draw(st.integers(1, 5))
+    dtype = draw(st.sampled_from(INPUT_DTYPES))
+    strides = [0] * axes
+    apart = n + draw(st.sampled_from((0, 0, 0, 1, 2, 8, 32)))
+    for axis in draw(st.permutations(range(axes))):
+        strides[axis] = draw(st.sampled_from((apart, apart, apart, apart, 0)))
+        apart = apart * sizes[axis] + draw(st.sampled_from((0, 0, 2, 7)))
+    offset = draw(st.sampled_from((0, 0, 1, 2, 8)))
+    memory = torch.randn(offset + apart, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    memory = memory.mul(draw(st.sampled_from((1.0, 1e-30, 1e30)))).to(dtype)
+    return memory.as_strided((*sizes, n), (*strides, 1), offset)
+
+
+def check_quant_of_groups() -> None:
+    from fusionpasses.kernels import dynamic_mxfp4_quant as kernel
+    from fusionpasses.providers.triton import ADAPTERS, _groups_of_rows
+
+    forms: set[bool] = set()
+
+    @settings(max_examples=250, deadline=None, derandomize=True, database=None)
+    @given(row_layouts(), st.sampled_from(sorted(SCALE_ADDEND)), st.sampled_from((8, 16, 128)))
+    def check(x: Tensor, scale_mode: str, tile: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "launch_options", lambda *args: {"TILE_BLOCKS": tile, "num_warps": 1})
+            grouped = _groups_of_rows(x) is not None
+            if grouped:
+                # It is read where it lies.
+                patch.setattr(torch.Tensor, "contiguous", None)
+                patch.setattr(torch.Tensor, "clone", None)
+            got = ADAPTERS[QUANT](x, scale_mode)
+        for tensor, want in zip(got, OPS[QUANT].reference(x, scale_mode), strict=True):
+            assert torch.equal(tensor, want), (x.dtype, x.shape, x.stride(), x.storage_offset(), scale_mode, tile)
+        forms.add(grouped)
+
+    check()
+    assert forms == {True, False}
+
+
 def check_norm() -> None:
     for name in NORMS:
         # Where the sum is exact, so is all the rest: torch's rsqrt on a CPU is the kernel's.
@@ -363,6 +408,7 @@ def check_forms() -> None:
 GROUPS = {
     "samples": check_samples,
     "quant": check_quant,
+    "quant-groups": check_quant_of_groups,
     "norm": check_norm,
     "norm-edges": check_norm_edges,
     "forms": check_forms,
@@ -404,6 +450,39 @@ def test_single_row_stride(make: Callable[[Tensor], Tensor], copied: bool) -> No
     assert torch.equal(seen, x.reshape(-1, n))
 
 
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        pytest.param(lambda x: x.transpose(0, 1), (3, 96, 384), id="heads-first"),
+        pytest.param(lambda x: x.transpose(0, 1)[..., 32:64], (3, 96, 384), id="some-columns"),
+        pytest.param(lambda x: x[:, 1:3], (2, 384, 96), id="some-tokens"),
+        pytest.param(lambda x: x[:, None, 1:3, None], (2, 384, 96), id="axes-of-one"),
+        pytest.param(lambda x: x.transpose(0, 1).unflatten(0, (2, 2)), (3, 96, 384), id="tokens-in-two-axes"),
+        pytest.param(lambda x: x[:, :1].expand(3, 4, 96), (4, 384, 0), id="expanded"),
+        pytest.param(lambda x: x, None, id="one-distance"),
+        pytest.param(lambda x: x[0, 0], None, id="one-dimension"),
+        pytest.param(lambda x: x.view(3, 2, 2, 96).permute(2, 1, 0, 3), None, id="three-distances"),
+        pytest.param(lambda x: x.transpose(1, 2)[..., :3], None, id="columns"),
+        pytest.param(lambda x: x[:, 1:3, ::2], None, id="elements-apart"),
+        pytest.param(lambda x: x.bfloat16().flatten()[1:385].view(2, 2, 96).transpose(0, 1), None, id="off-words"),
+        pytest.param(lambda x: x.bfloat16().view(3, -1)[:, :383].unfold(1, 32, 65), None, id="rows-off-words"),
+        pytest.param(
+            lambda x: x.bfloat16().flatten()[:1149].view(3, 383)[:, :192].view(3, 2, 96), None, id="groups-off-words"
+        ),
+    ],
+)
+def test_groups_of_rows(make: Callable[[Tensor], Tensor], groups: tuple[int, int, int] | None) -> None:
+    from fusionpasses.providers.triton import _groups_of_rows
+
+    x = make(torch.arange(3 * 4 * 96).float().view(3, 4, 96))
+    assert _groups_of_rows(x) == groups
+    if groups is not None:
+        rows, group_stride, stride = groups
+        n = x.shape[-1]
+        seen = x.as_strided((x.numel() // (n * rows), rows, n), (group_stride, stride, 1))
+        assert torch.equal(seen.reshape(-1, n), x.reshape(-1, n))
+
+
 def test_rows_off_their_words_are_copied() -> None:
     from fusionpasses.providers.triton import _aligned_rows
 
@@ -438,6 +517,11 @@ def test_gpu_quant_bytes() -> None:
     for rows, n in ((64, 7168), (1024, 7168), (2048, 7168), (1171, 7200)):
         assert_same(QUANT, (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16),), {})
         assert_same(QUANT, (torch.randn(rows, n + 8, device="cuda", dtype=torch.bfloat16)[:, :n],), {})
+    for heads, tokens, n in ((128, 32, 128), (16, 1000, 128), (3, 5, 96), (7, 64, 7168), (2, 3, BLOCK)):
+        for dtype in INPUT_DTYPES:
+            x = torch.randn(heads, tokens, n + 64, device="cuda").to(dtype)
+            assert_same(QUANT, (x[..., :n].transpose(0, 1),), {})
+            assert_same(QUANT, (x[..., 64:].transpose(0, 1),), {})
     wider_than_a_tile = torch.randn(5, 2 * 53248, device="cuda", dtype=torch.bfloat16)[:, 53248:]
     assert_same(QUANT, (wider_than_a_tile,), {})
 
@@ -517,6 +601,16 @@ def test_gpu_offsets_past_32_bits() -> None:
         ):
             assert torch.equal(got, want)
     del far_apart
+
+    # Groups as far apart, and rows of one.
+    memory = torch.empty(2 * 2**31 + 2**30 + n, device="cuda", dtype=torch.bfloat16)
+    rows = torch.randn(3, 2, n, device="cuda", dtype=torch.bfloat16)
+    for strides in ((2**31, 2**30), (2**30, 2**31)):
+        x = memory.as_strided((3, 2, n) if strides[0] == 2**31 else (2, 3, n), (*strides, 1))
+        x.copy_(rows.view(x.shape))
+        for got, want in zip(ADAPTERS[QUANT](x), ADAPTERS[QUANT](rows.view(x.shape)), strict=True):
+            assert torch.equal(got, want)
+    del memory, x
 
     # Many rows that are one row in memory: outputs of more than 2**32 elements, x next to nothing.
     rows = 2**20 + 3

@@ -54,6 +54,9 @@ CACHE_CHAINS = {
 #: Elements between rows beyond their width. 2 of a 16-bit dtype: only 4 bytes of alignment are left.
 LAYOUTS = {"contiguous": 0, "strided": 64, "off alignment": 2}
 
+#: A layout of quants alone: as a bmm over heads gives them, with tokens brought first by a view.
+HEADS_FIRST, HEADS = "heads first", 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -120,6 +123,8 @@ class Config:
         return CHAINS[self.chain], arguments, keywords
 
     def _rows(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.layout == HEADS_FIRST:
+            return torch.empty(HEADS, self.rows // HEADS, self.n, dtype=dtype, device="meta").transpose(0, 1)
         return _slice(self.rows, self.n, 0, LAYOUTS[self.layout], dtype)
 
 
@@ -384,8 +389,18 @@ def _ordered(row: dict[str, Any], factors: dict[str, tuple[Any, ...]]) -> dict[s
     return {factor: row[factor] for factor in factors if factor in row}
 
 
+def heads_first() -> list[Config]:
+    """On each target: tiles that are filled and not, rows of one block, and more blocks than 31 bits count."""
+    sizes = ((128, 4096, "even"), (32, 1024, "floor"), (2880, 48, "rceil"), (32768, 1 << 21, "ceil"))
+    turns = itertools.cycle(DTYPES)
+    return [
+        Config(target, "quant", next(turns), n, rows, HEADS_FIRST, mode)
+        for target, (n, rows, mode) in itertools.product(TARGETS, sizes)
+    ]
+
+
 def pairwise() -> list[AnyConfig]:
-    quants: list[AnyConfig] = [Config(**row) for row in covering(FACTORS)]
+    quants: list[AnyConfig] = [*(Config(**row) for row in covering(FACTORS)), *heads_first()]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
     every = every_gemm()
     some = [c for c in every if c.chain == "some tokens" and c.tokens in (17, 64, 128) and c.n == 1056]
@@ -489,8 +504,8 @@ def every(launches: Launches) -> list[AnyConfig]:
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
     # A gated quant's tile depends on the number of blocks alone, and the subset has both.
     gated = [config for config in pairwise() if isinstance(config, GatedConfig)]
-    orders = every_order(TARGETS)
-    return [*configs, *every_gemm(), *every_dot(TARGETS), *gated, *every_pair(TARGETS, covering), *orders]
+    others = [*every_gemm(), *every_dot(TARGETS), *every_pair(TARGETS, covering), *every_order(TARGETS)]
+    return [*configs, *heads_first(), *gated, *others]
 
 
 def _kind(config: Config, launch: Any) -> tuple[Any, ...]:

@@ -31,17 +31,20 @@ def launch_options(arch: Arch) -> dict[str, int | bool]:
     return options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_rows"])
 def dynamic_mxfp4_quant(
     x_ptr,
     codes_ptr,  # or numbers, in a product's order
     scales_ptr,  # or a product's flags
     x_row_stride,  # None: one row, cut along the first axis of the grid; else the axes are (rows, cuts of a row)
-    row_blocks,  # with TOKEN_TILES, of which rows have K_BLOCKS: the number of rows
+    row_blocks,  # with TOKEN_TILES the number of tokens
+    group_rows,  # None, or x_row_stride is between the rows of groups of so many, and the next one between groups:
+    group_stride,  # then rows are cut as one row of row_blocks, which has ROW_BLOCKS of each
+    ROW_BLOCKS: tl.constexpr,  # also with TOKEN_TILES
     TILE_BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE_ADDEND: tl.constexpr,
-    K_BLOCKS: tl.constexpr,  # of a product's row
+    K_BLOCKS: tl.constexpr,  # of a token, which is one row of x or several
     TOKEN_TILES: tl.constexpr,  # None: codes and scales; else of _token_order
     FLAGS: tl.constexpr,
     ISA: tl.constexpr,
@@ -53,26 +56,43 @@ def dynamic_mxfp4_quant(
         gdc_wait()
         if TOKEN_TILES is None:
             gdc_launch_dependents()
-    # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
     block = tl.arange(0, TILE_BLOCKS)[None, :]
-    if TOKEN_TILES is not None:
-        row, block = _token_order.place_of(tl.program_id(0) * TILE_BLOCKS + block, K_BLOCKS)
-        source = x_ptr + row.to(tl.int64) * x_row_stride
-        mask = row < row_blocks
-    elif x_row_stride is None:
-        start = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
-        source = x_ptr + start * BLOCK
-        first = start
-    else:
-        row = tl.program_id(0).to(tl.int64)
-        start = tl.program_id(1).to(tl.int64) * TILE_BLOCKS
-        source = x_ptr + row * x_row_stride + start * BLOCK
-        first = row * row_blocks + start
+    column = block * BLOCK
+    # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
     if TOKEN_TILES is None:
+        if x_row_stride is None or group_rows is not None:
+            # Rows of a head are a few blocks long: a program for each would leave most of its threads without one.
+            start = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
+            source = x_ptr + start * BLOCK
+            first = start
+        else:
+            row = tl.program_id(0).to(tl.int64)
+            start = tl.program_id(1).to(tl.int64) * TILE_BLOCKS
+            source = x_ptr + row * x_row_stride + start * BLOCK
+            first = row * row_blocks + start
         mask = start + block < row_blocks
+    else:
+        token, of_token = _token_order.place_of(tl.program_id(0) * TILE_BLOCKS + block, K_BLOCKS)
+        mask = token < row_blocks
+    if TOKEN_TILES is not None or group_rows is not None:
+        # Dividing 32 bits takes a fraction of what dividing 64 does. Unsigned, the last tile cannot pass the end.
+        if TOKEN_TILES is not None:
+            at = (token * K_BLOCKS + of_token).to(tl.uint32)
+        elif row_blocks.dtype == tl.int32:
+            at = tl.program_id(0).to(tl.uint32) * TILE_BLOCKS + block.to(tl.uint32)
+        else:
+            at = start + block
+        row = at // ROW_BLOCKS
+        column = (at - row * ROW_BLOCKS).to(tl.int32) * BLOCK
+        if group_rows is None:
+            source = x_ptr + row.to(tl.int64) * x_row_stride
+        else:
+            group = row // group_rows.to(at.dtype)
+            in_group = row - group * group_rows.to(at.dtype)
+            source = x_ptr + (group.to(tl.int64) * group_stride + in_group.to(tl.int64) * x_row_stride)
     pieces = ()
     for p in tl.static_range(4):
-        pieces = pieces + (_pieces.load_piece(source, block * BLOCK + p * 8, mask, MASKED, ""),)
+        pieces = pieces + (_pieces.load_piece(source, column + p * 8, mask, MASKED, ""),)
     values = ()
     for p in tl.static_range(4):
         if WORDS:
@@ -85,4 +105,4 @@ def dynamic_mxfp4_quant(
     else:
         _token_order.let_product_start(ISA)
         _token_order.lower_flags(scales_ptr, FLAGS)
-        _token_order.store(codes_ptr, row, block, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)
+        _token_order.store(codes_ptr, token, of_token, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)

@@ -20,7 +20,6 @@ captured in a CUDA graph once the kernel is compiled.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +37,9 @@ from fusionpasses.providers._destination import Destination
 
 
 def _dynamic_mxfp4_quant(
-    x: Tensor, scale_mode: str = "even", *, into: Destination | None = None
+    x: Tensor, scale_mode: str = "even", *, into: Destination | None = None, axes: int = 1
 ) -> tuple[Tensor, Tensor | None]:
+    """``axes``: how many of the last ones are a token of the product that ``into`` is for."""
     into = into or _destination.outputs(x)
     blocks, row_blocks = x.numel() // _mxfp4.BLOCK, x.shape[-1] // _mxfp4.BLOCK
     if blocks == 0:
@@ -47,14 +47,21 @@ def _dynamic_mxfp4_quant(
     gpu = arch.of(x.device)
     options: dict[str, Any] = quant_kernel.launch_options(gpu)
     tile = options["TILE_BLOCKS"]
-    x, stride = _aligned_rows(x)
-    row_stride: int | None = stride
+    in_order, in_row = into.token_tiles is not None, row_blocks
+    groups = _groups_of_rows(x)
+    row_stride: int | None
+    if groups is None:
+        x, row_stride = _aligned_rows(x)
+        group_rows = group_stride = None
+    else:
+        group_rows, group_stride, row_stride = groups
     k_blocks = None
-    if into.token_tiles is not None:
-        k_blocks, row_blocks = row_blocks, blocks // row_blocks
+    if in_order:
+        k_blocks = x.shape[-axes:].numel() // _mxfp4.BLOCK
+        row_blocks = blocks // k_blocks
         grid, masked = into.programs(row_blocks, k_blocks, tile)
-    elif stride == x.shape[-1] or blocks == row_blocks:
-        row_stride = None
+    elif groups is not None or row_stride == x.shape[-1] or blocks == row_blocks:
+        row_stride = None if groups is None else row_stride
         row_blocks = blocks
         grid, masked = (-(-blocks // tile), 1), blocks % tile != 0
     else:
@@ -68,6 +75,9 @@ def _dynamic_mxfp4_quant(
             into.scales,
             row_stride,
             row_blocks,
+            group_rows,
+            group_stride,
+            ROW_BLOCKS=in_row if in_order or groups is not None else None,
             MASKED=masked,
             SCALE_ADDEND=_mxfp4.SCALE_ADDEND[scale_mode],
             K_BLOCKS=k_blocks,
@@ -391,11 +401,35 @@ def _aligned_rows(x: Tensor) -> tuple[Tensor, int]:
 
 def _single_row_stride(x: Tensor) -> tuple[Tensor, int]:
     """``x [..., N]``, or a contiguous copy of it, and the one distance between its consecutive rows."""
-    *sizes, n = x.shape
-    *strides, last = x.stride()
-    if last == 1:
-        # A dimension of size 1 is never stepped along, so its stride means nothing.
-        leading = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-        if all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
-            return x, leading[-1][1] if leading else n
+    n = x.shape[-1]
+    distances = _row_distances(x)
+    if x.stride(-1) == 1 and len(distances) <= 1:
+        return x, distances[0][1] if distances else n
     return x.contiguous(), n
+
+
+def _groups_of_rows(x: Tensor) -> tuple[int, int, int] | None:
+    """Rows in a group, the distance of groups, and that of rows in one; None if rows lie at one distance, or at three.
+
+    So lies ``x.transpose(0, 1)`` of heads first: tokens are the groups. Rows start at multiples of 4 bytes, as above.
+    """
+    distances = _row_distances(x)
+    if len(distances) != 2 or x.stride(-1) != 1:
+        return None
+    (_, group_stride), (group_rows, row_stride) = distances
+    if x.element_size() == 2 and (group_stride % 2 or row_stride % 2 or x.data_ptr() % 4):
+        return None
+    return group_rows, group_stride, row_stride
+
+
+def _row_distances(x: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of the leading axes, those that are one in memory taken together."""
+    distances: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        # A dimension of size 1 is never stepped along, so its stride means nothing.
+        if size != 1:
+            if distances and distances[-1][1] == size * stride:
+                distances[-1] = (distances[-1][0] * size, stride)
+            else:
+                distances.append((size, stride))
+    return distances
