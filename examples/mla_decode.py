@@ -8,6 +8,7 @@ by compiled code. Checked on the way:
 
 - in every layer the rotations and the cache write became ``fused_rope_mla_kv_cache``, and every norm and activation
   that feeds a quantised linear became one op with its quant; q_a's norm also does kv_a's, of the same rows;
+- o_proj's quant reads what the bmm before it gives, heads first, without a copy that puts tokens first;
 - each graph computes the same before and after the passes, byte for byte, when it is interpreted on its real input;
 - compiled code generates eager's tokens and caches, with the roundings that Inductor drops put back. On a GPU, where
   kernels sum in another order than eager and MXFP4 enlarges a last bit, its logits are near eager's instead.
@@ -324,7 +325,7 @@ def expected_ops(config: MlaConfig) -> dict[str, int]:
         "rmsnorm_mxfp4_quant": layers + 1,  # q_a's with kv_a's, and the very first, before which nothing is added
         "rmsnorm_add_mxfp4_quant": 2 * layers - 1,
         "silu_mul_mxfp4_quant": layers,  # down_proj's
-        "dynamic_mxfp4_quant": layers,  # o_proj's follows neither
+        "dynamic_mxfp4_quant": layers,  # o_proj's, of the rows of a bmm, which it reads where they lie
         "mxfp4_gemm": 5 * layers,
     }
 

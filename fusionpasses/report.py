@@ -25,6 +25,7 @@ ANCHORS = {
     "rmsnorm_mxfp4_quant": "quant",
     "silu_mul_mxfp4_quant": "quant",
     "fused_rope_mla_kv_cache": "cache write",
+    "dynamic_mxfp4_quant": "quant",
 }
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')

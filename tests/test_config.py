@@ -39,15 +39,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "pass, misspelt": (
         {"passes": ["rmsnorm_mxfp4"]},
         "passes: got 'rmsnorm_mxfp4', allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', "
-        "'fused_rope_mla_kv_cache' (did you mean 'rmsnorm_mxfp4_quant'?)",
+        "'fused_rope_mla_kv_cache', 'dynamic_mxfp4_quant' (did you mean 'rmsnorm_mxfp4_quant'?)",
     ),
     "pass, unheard of": (
         {"passes": ("rope",)},
-        "passes: got 'rope', allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', 'fused_rope_mla_kv_cache'",
+        "passes: got 'rope', allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', 'fused_rope_mla_kv_cache', "
+        "'dynamic_mxfp4_quant'",
     ),
     "pass of another type": (
         {"passes": [1]},
-        "passes: got 1, allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', 'fused_rope_mla_kv_cache'",
+        "passes: got 1, allowed 'rmsnorm_mxfp4_quant', 'silu_mul_mxfp4_quant', 'fused_rope_mla_kv_cache', "
+        "'dynamic_mxfp4_quant'",
     ),
     "passes is a string": (
         {"passes": "rmsnorm_mxfp4_quant"},

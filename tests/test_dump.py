@@ -68,6 +68,9 @@ def test_the_files_of_one_graph(folder):
         "graph-000/2-fused_rope_mla_kv_cache/after.py",
         "graph-000/2-fused_rope_mla_kv_cache/before.py",
         "graph-000/2-fused_rope_mla_kv_cache/spellings.txt",
+        "graph-000/3-dynamic_mxfp4_quant/after.py",
+        "graph-000/3-dynamic_mxfp4_quant/before.py",
+        "graph-000/3-dynamic_mxfp4_quant/spellings.txt",
         "graph-000/report.json",
         "graph-000/report.txt",
     ]

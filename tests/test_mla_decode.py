@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import fusionpasses as fp
 from examples import mla_decode
 from examples.mla_decode import TINY, MlaAttention, MlaDecoder, Sequences, build, expected_ops, generate, random_prompts
+from fusionpasses.report import NOTHING
 from fusionpasses.testing import assert_equivalent
 
 LENGTHS = (3, 7, 4, 0)
@@ -112,6 +113,14 @@ def test_every_site_of_every_layer_fuses(step):
     assert {site.op for site in ropes} == {f"{ROPE}.absorbed_bmm"}
     mlps = sorted(site.where.module for site in report.fused if site.pass_name == "silu_mul_mxfp4_quant")
     assert mlps == [f"layers.{i}.mlp" for i in range(layers)]
+    projections = [site for site in report.fused if site.pass_name == "dynamic_mxfp4_quant"]
+    assert sorted(site.anchors[0].module for site in projections) == [
+        f"layers.{i}.attention.o_proj" for i in range(layers)
+    ]
+    assert {note.partition(" where")[0] for site in projections for note in site.notes} == {
+        "reads the rows of aten.bmm.default"
+    }
+    assert report.sites(NOTHING) == []
     norms = sorted(site.where.module for site in report.fused if site.op.startswith("rmsnorm"))
     names = ("attention.q_a_norm", "input_norm", "post_attention_norm")
     assert norms == [f"layers.{i}.{name}" for i in range(layers) for name in names]
@@ -139,6 +148,7 @@ def test_the_script_compiles_compares_and_says_so(capsys):
         "2 fused into rmsnorm_mxfp4_quant.with_second",
         "3 fused into rmsnorm_add_mxfp4_quant.default",
         "2 fused into silu_mul_mxfp4_quant.default",
+        "2 fused into dynamic_mxfp4_quant.default",
         ", 0 differ",
     ):
         assert said.count(line) == 2, said

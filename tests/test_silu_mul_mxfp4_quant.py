@@ -356,7 +356,7 @@ def test_a_quant_has_one_verdict_whoever_looked_at_it():
 @pytest.mark.parametrize(
     ("passes", "reason"),
     [
-        (None, "not from a norm or a gated activation"),
+        (None, "not from a norm or a gated activation or a copy of rows"),
         (("rmsnorm_mxfp4_quant",), "not from a norm"),
         ((SILU,), "not from a gated activation"),
     ],

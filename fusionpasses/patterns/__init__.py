@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 #: Names of the passes, in the order they run: most specific first. A name is the module's in this package, and no
 #: name contains another, because TORCHINDUCTOR_DISABLED_PASSES is compared by substring.
-PASS_NAMES = ("rmsnorm_mxfp4_quant", "silu_mul_mxfp4_quant", "fused_rope_mla_kv_cache")
+PASS_NAMES = ("rmsnorm_mxfp4_quant", "silu_mul_mxfp4_quant", "fused_rope_mla_kv_cache", "dynamic_mxfp4_quant")
 
 
 def pass_class(name: str) -> type[FusionPass]:
