@@ -84,6 +84,7 @@ FIRES = {
     "a part of the columns": lambda a, b: quant(join((a @ b)[..., 32:])),
     "a part of the tokens": lambda a, b: quant(join((a @ b)[:, 1:4])),
     "the product is read elsewhere": lambda a, b: (lambda y: (quant(join(y)), y, y + 1))(a @ b),
+    "an axis of one": lambda a, b: quant((a @ b).view(2, 2, TOKENS, WIDTH)[:, :1].permute(2, 0, 1, 3).flatten(1)),
     "baddbmm": lambda a, b: quant(join(torch.baddbmm(b[:, :1], a, b))),
     "mm": lambda a, b: quant(join((a.flatten(0, 1) @ b[0]).view(HEADS, TOKENS, WIDTH))),
     "an input": lambda a, b: quant(join(b)),
@@ -353,6 +354,12 @@ def sites_of(graph: fx.Graph):
     fusion_pass.run(graph)
     graph.lint()
     return fusion_pass.sites
+
+
+def test_a_copy_of_rows_in_order_is_none():
+    graph = make_fx(lambda a, b: quant(torch.bmm(a, b).clone().view(TOKENS, -1)), tracing_mode="fake")(*heads_first())
+    (site,) = sites_of(graph.graph)
+    assert site.reason.endswith("not from a copy of rows")
 
 
 def test_aiter_wants_rows():

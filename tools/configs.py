@@ -400,7 +400,7 @@ def heads_first() -> list[Config]:
 
 
 def pairwise() -> list[AnyConfig]:
-    quants: list[AnyConfig] = [*(Config(**row) for row in covering(FACTORS)), *heads_first()]
+    quants: list[AnyConfig] = [*(Config(**row) for row in covering(FACTORS)), *heads_first()[::5]]
     gated = [GatedConfig(**row) for row in covering(GATED_FACTORS)]
     every = every_gemm()
     some = [c for c in every if c.chain == "some tokens" and c.tokens in (17, 64, 128) and c.n == 1056]
