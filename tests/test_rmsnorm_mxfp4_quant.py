@@ -571,7 +571,8 @@ def test_a_pass_that_is_not_enabled_says_so():
     result = run(lambda x, w: quant(norm(x, w)), bf16(4, 64), bf16(64), backend=backend)
     assert result.report.sites() == []
     assert result.report.graphs[0].messages == [
-        "not run, because passes=(): rmsnorm_mxfp4_quant, silu_mul_mxfp4_quant, fused_rope_mla_kv_cache"
+        "not run, because passes=(): rmsnorm_mxfp4_quant, silu_mul_mxfp4_quant, fused_rope_mla_kv_cache, "
+        "dynamic_mxfp4_quant"
     ]
 
 
