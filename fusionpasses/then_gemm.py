@@ -18,7 +18,7 @@ from torch import fx
 
 from fusionpasses import remarks
 from fusionpasses.kernels import arch
-from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, tensor_of, writes
+from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, same_shape, tensor_of, writes
 
 ours = torch.ops.fusionpasses
 
@@ -31,6 +31,7 @@ THEN_GEMM: dict[Any, Any] = {
     ours.silu_mul_mxfp4_quant.default: ours.silu_mul_mxfp4_quant.then_gemm,
 }
 _GEMM = ours.mxfp4_gemm.default
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 class Pair(NamedTuple):
@@ -39,12 +40,15 @@ class Pair(NamedTuple):
     quant: fx.Node
     results: dict[int, fx.Node]
     gemm: fx.Node
+    axes: int  #: of the codes, at their end, that are flattened to a token
 
 
 def saves_a_launch(pair: Pair) -> bool:
     """Does the product, run by our Triton kernels on the GPU that is here, put its tokens in order?"""
     if {pair.quant.kwargs.get("provider"), pair.gemm.kwargs.get("provider")} != {"triton"}:
         return False
+    if pair.axes > 1 and pair.quant.target is not ours.dynamic_mxfp4_quant.default:
+        return False  # its programs have rows
     arguments = bound_arguments(pair.gemm)
     out, codes = tensor_of(pair.gemm), tensor_of(arguments["x_codes"])
     if out is None or codes is None or remarks.architecture(out.device) is None:
@@ -87,28 +91,50 @@ def _pair_of(quant: fx.Node) -> Pair | None:
         results[place] = user
     if not {0, 1} <= results.keys():
         return None
-    readers = {*results[0].users, *results[1].users}
+    codes, scales = _flattened(results[0]), _flattened(results[1])
+    readers = {*codes.users, *scales.users}
     gemm = next(iter(readers), None)
     if gemm is None or len(readers) > 1 or gemm.target is not _GEMM:
         return None
     arguments = bound_arguments(gemm)
     given = arguments.pop("x_codes"), arguments.pop("x_scales")
-    if given != (results[0], results[1]) or any(value in given for value in arguments.values()):
+    if given != (codes, scales) or any(value in given for value in arguments.values()):
         return None
-    return Pair(quant, results, gemm)
+    axes = {_axes(results[i], given[i]) for i in range(2)}
+    return Pair(quant, results, gemm, axes.pop()) if len(axes) == 1 and 0 not in axes else None
+
+
+def _flattened(result: fx.Node) -> fx.Node:
+    """The view of a quant's result that alone is read, or the result."""
+    users = list(result.users)
+    return users[0] if len(users) == 1 and users[0].target in _VIEWS else result
+
+
+def _axes(result: fx.Node, view: object) -> int:
+    """How many last axes of a result a view makes one, 1 if it is the result; 0 if it is another view."""
+    before, after = tensor_of(result), tensor_of(view)
+    if before is None or after is None:
+        return 0
+    kept = after.dim() - 1
+    whole = kept < before.dim() and same_shape(before.shape[:kept], after.shape[:-1])
+    return before.dim() - kept if whole else 0
 
 
 def _may_move(pair: Pair, writers: Sequence[fx.Node]) -> bool:
     """Can the product stand where the quant is? What it takes must be there, and not be written to before it."""
     between = [node for node in writers if pair.quant < node < pair.gemm]
-    others = [node for node in pair.gemm.all_input_nodes if node not in pair.results.values()]
+    arguments = bound_arguments(pair.gemm)
+    tokens = arguments["x_codes"], arguments["x_scales"]
+    others = [node for node in pair.gemm.all_input_nodes if node not in tokens]
     return not between and all(node < pair.quant for node in others)
 
 
 def _join(graph: fx.Graph, pair: Pair) -> None:
-    quant, results, gemm = pair
+    quant, results, gemm, axes = pair
     kwargs = bound_arguments(gemm)
-    del kwargs["x_codes"], kwargs["x_scales"]
+    views = kwargs.pop("x_codes"), kwargs.pop("x_scales")
+    if axes > 1:
+        kwargs["axes"] = axes
     others: tuple[Any, ...] = tuple(quant.meta["val"][2:]) if "val" in quant.meta else ()
     value: Any = (gemm.meta["val"], *others) if others else gemm.meta["val"]
     with graph.inserting_before(quant):
@@ -122,4 +148,4 @@ def _join(graph: fx.Graph, pair: Pair) -> None:
         for place, result in results.items():
             if place >= 2:
                 result.args = (joined, place - 1)
-    erase_dead([quant, *results.values(), gemm])
+    erase_dead([quant, *results.values(), *views, gemm])

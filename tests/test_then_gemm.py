@@ -140,6 +140,28 @@ def test_a_quant_without_other_results_becomes_the_product() -> None:
     assert torch.equal(fx.GraphModule({}, graph)(*inputs), function(*inputs))
 
 
+@pytest.mark.parametrize("quant", ["dynamic", "norm"])
+def test_results_that_are_flattened_to_tokens_are_joined(quant: str) -> None:
+    def function(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        if quant == "dynamic":
+            codes, scales = ours.dynamic_mxfp4_quant(x)
+        else:
+            codes, scales = ours.rmsnorm_mxfp4_quant(x, None, 1e-6, cast_order="scale_cast")
+        return ours.mxfp4_gemm(codes.view(3, 64), scales.view(3, 4), w, s, out_dtype=torch.float32)
+
+    inputs = (torch.randn(2, 3, 64).transpose(0, 1), *_weight(32, 128))
+    graph = traced(function, *inputs)
+    assert then_gemm.saves_a_launch(then_gemm._pair_of(_first_op(graph))) is False  # on a CPU
+    assert len(_join(graph)) == 1
+    (joined,) = [node for node in graph.nodes if node.op == "call_function"]
+    assert joined.kwargs["axes"] == 2
+    assert torch.equal(fx.GraphModule({}, graph)(*inputs), function(*inputs))
+
+
+def _first_op(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "call_function")
+
+
 HINDERED = {
     "a scale is read": lambda x, w, s: _apart(x, w, s, lambda codes, scales: scales.float()),
     "codes are returned": lambda x, w, s: _apart(x, w, s, lambda codes, scales: codes),
@@ -149,6 +171,7 @@ HINDERED = {
     "a view between": lambda x, w, s: ours.mxfp4_gemm(
         *(part.view(1, *part.shape) for part in ours.dynamic_mxfp4_quant(x)), w, s, out_dtype=torch.float32
     ),
+    "codes and scales flattened to other tokens": lambda x, w, s: _otherwise(x, w, s),
     "codes are the weight": lambda x, w, s: _of_itself(x),
     "weight-only": lambda x, w, s: ours.mxfp4_gemm_a16w4(x, w, s),
     "the weight comes later": lambda x, w, s: _late(x, w, s),
@@ -159,6 +182,11 @@ HINDERED = {
 def _apart(x: Tensor, w: Tensor, s: Tensor, read: Any) -> tuple[Tensor, Tensor]:
     codes, scales = ours.dynamic_mxfp4_quant(x)
     return ours.mxfp4_gemm(codes, scales, w, s, out_dtype=torch.float32), read(codes, scales)
+
+
+def _otherwise(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    codes, scales = ours.dynamic_mxfp4_quant(torch.cat([x, x, x, x]).view(2, 3, 2, 64))  # two axes become one, not last
+    return ours.mxfp4_gemm(codes.view(6, 2, 32), scales.view(6, 2, 2), w, s, out_dtype=torch.float32)
 
 
 def _of_itself(x: Tensor) -> Tensor:
@@ -230,7 +258,7 @@ def pair_of(tokens: int, rows: int, width: int, layout: str, **providers: str) -
         {"out_dtype": torch.bfloat16, "layout": layout, "rows": rows, "provider": providers.get("gemm", "triton")},
     )
     gemm.meta["val"] = torch.empty(tokens, rows, dtype=torch.bfloat16, device="meta")
-    return then_gemm.Pair(quant, {0: codes, 1: scales}, gemm)
+    return then_gemm.Pair(quant, {0: codes, 1: scales}, gemm, 1)
 
 
 @needs_triton
@@ -287,6 +315,10 @@ def calls(tokens: int, rows: int, width: int, device: str = "meta") -> Iterator[
     weight = torch.ones(width, dtype=torch.bfloat16, device=device)
     second = (x, weight, 1e-6, y[:, :512], weight[:512], 1e-5)
     yield "dynamic_mxfp4_quant.then_gemm", (x,), of_gemm
+    if width % 128 == 0:
+        heads = wide.view(2 * width // 128, tokens, 128)[: width // 128].transpose(0, 1)  # as a bmm gives them
+        yield "dynamic_mxfp4_quant.then_gemm", (heads,), of_gemm | {"axes": 2}
+        yield "rmsnorm_mxfp4_quant.then_gemm", (heads, None, 1e-6), of_gemm | {"cast_order": "cast_scale", "axes": 2}
     yield "rmsnorm_mxfp4_quant.then_gemm", (x, weight, 1e-6), of_gemm | {"cast_order": "cast_scale"}
     yield "rmsnorm_add_mxfp4_quant.then_gemm", (x, y, weight, 1e-6), of_gemm | {"cast_order": "cast_scale"}
     orders = {"cast_order": "cast_scale", "cast_order2": "cast_scale"}
@@ -317,6 +349,9 @@ def test_a_quant_that_may_leaves_tokens_in_order(tokens: int, rows: int, width: 
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         assert first.shape == (tokens, rows)
         of_quant, *of_product = recorded or [None]
+        if "norm" in name and "axes" in kwargs:
+            assert tokens == 0 or of_quant.constants["TOKEN_TILES"] is None
+            continue
         assert [launch.kernel.__name__ for launch in of_product] == kernels
         if of_quant is not None:
             in_order = tokens > 16 and "mxfp4_gemm_interleave" not in kernels and "mxfp4_gemm_arrange" not in kernels
@@ -349,7 +384,9 @@ def test_gpu_bytes_are_those_of_the_two_ops(tokens: int, rows: int, width: int) 
         of_gemm = {key: kwargs.pop(key) for key in list(kwargs) if key not in ("cast_order", "cast_order2")}
         quant = OPS[name.removesuffix("then_gemm").rstrip("._") + (".default" if ".then" in name else "")]
         codes, scales, *others = quant.overload(*args, **kwargs, provider="triton")
-        want = ours.mxfp4_gemm(codes, scales, **of_gemm, provider="triton"), *others
+        product = {key: value for key, value in of_gemm.items() if key != "axes"}
+        codes, scales = (part.flatten(-of_gemm.get("axes", 1)) for part in (codes, scales))
+        want = ours.mxfp4_gemm(codes, scales, **product, provider="triton"), *others
         for _ in range(3):  # in full, then replayed
             got = OPS[name].overload(*args, **kwargs, **of_gemm, provider="triton")
             for one, two in zip(got if isinstance(got, tuple) else (got,), want, strict=True):

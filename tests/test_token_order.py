@@ -37,6 +37,9 @@ def calls(
     weight = torch.randn(width, device=device).to(dtype)
     yield "dynamic_mxfp4_quant.default", (x,), {"scale_mode": "rceil"}
     yield "dynamic_mxfp4_quant.default", (x.contiguous(),), {}
+    heads = torch.randn(width // 64, tokens, 64, device=device).to(dtype)
+    yield "dynamic_mxfp4_quant.default", (heads.transpose(0, 1),), {"axes": 2}
+    yield "dynamic_mxfp4_quant.default", (heads.view(tokens, -1, 64),), {"axes": 2}
     yield "rmsnorm_mxfp4_quant.default", (x, weight, 1e-6), {"cast_order": "cast_scale"}
     yield "rmsnorm_add_mxfp4_quant.default", (x, y.contiguous(), None, 1e-6), {"cast_order": "scale_cast"}
     second = (x, weight, 1e-6, y[:, :64], None, 1e-6)
@@ -95,6 +98,7 @@ def check_order() -> None:
             flags = torch.full((rng.choice((1, 130, 700)),), 7, dtype=torch.int32) if token_tiles else None
             into = Destination(numbers.view(torch.bfloat16), flags, token_tiles)
             _, _, *got_others = quants[name](*args, **kwargs, into=into)
+            codes, scales = codes.flatten(1), scales.flatten(1)
             want = by_the_kernels_in_front(codes, scales, token_tiles, columns, into.codes)
             written = numbers != _UNWRITTEN
             what = f"{name} {tokens} x {width}, {token_tiles} tiles of tokens, {dtype}"

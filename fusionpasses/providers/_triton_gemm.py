@@ -85,10 +85,11 @@ def _mxfp4_gemm_a16w4(
     return out
 
 
-def then_gemm(quant: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-    """The adapter of a quant and the product of what it gives; ``quant`` is that of the quant, with ``into``.
+def then_gemm(quant: Callable[..., tuple[Any, ...]], *, any_axes: bool = False) -> Callable[..., Any]:
+    """The adapter of a quant and the product of what it gives.
 
-    A product that begins by putting codes in order gets numbers in that order from the quant: a launch less.
+    ``quant`` is that of the quant, which takes ``into`` and, if ``any_axes``, ``axes``. A product that begins by
+    putting codes in order gets numbers in that order from the quant: a launch less.
     """
 
     def run(
@@ -101,18 +102,22 @@ def then_gemm(quant: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         layout: str = "linear",
         rows: int | None = None,
         shift: int = 0,
+        axes: int = 1,
         **kwargs: Any,
     ) -> Any:
         n = w_codes.shape[0] if rows is None else rows
-        out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
-        tokens, width = x.shape[:-1].numel(), x.shape[-1]
+        out = x.new_empty((*x.shape[:-axes], n), dtype=out_dtype)
+        tokens, width = x.shape[:-axes].numel(), x.shape[-axes:].numel()
         gpu = arch.of(x.device)
         with _launch.on_device_of(x):
             # Before the quant: the product reads the weight while that still runs.
             w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
-            into = _destination_of_quant(x, tokens, n, width, layout, gpu) if out.numel() else None
+            may = out.numel() and (axes == 1 or any_axes)
+            into = _destination_of_quant(x, tokens, n, width, layout, gpu) if may else None
             if into is None or w_codes.data_ptr() % 16 or w_scales.data_ptr() % 16:
                 into = _destination.in_scratch(x)
+            if any_axes:
+                kwargs["axes"] = axes
             _, _, *rest = quant(x, *args, **kwargs, into=into)
             if out.numel():
                 ordered = None if into.token_tiles is None else into

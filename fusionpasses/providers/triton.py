@@ -259,7 +259,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_add_mxfp4_quant.with_norm": _rmsnorm_add_mxfp4_quant_with_norm,
     "silu_mul_mxfp4_quant.default": _silu_mul_mxfp4_quant,
     "silu_mul_mxfp4_quant.with_act": _silu_mul_mxfp4_quant_with_act,
-    "dynamic_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_dynamic_mxfp4_quant),
+    "dynamic_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_dynamic_mxfp4_quant, any_axes=True),
     "rmsnorm_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_rmsnorm_mxfp4_quant),
     "rmsnorm_mxfp4_quant.with_second_then_gemm": _triton_gemm.then_gemm(_rmsnorm_mxfp4_quant_with_second),
     "rmsnorm_add_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_rmsnorm_add_mxfp4_quant),
