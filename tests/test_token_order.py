@@ -87,7 +87,8 @@ def check_order() -> None:
         "silu_mul_mxfp4_quant.default": triton._silu_mul_mxfp4_quant,
     }
     rng = random.Random(0)
-    cases = itertools.product((1, 11, 32), (0, 1, 3), (128, 384))
+    cases = [(1, 0, 128), (11, 0, 384), (11, 1, 384), (32, 1, 128), (1, 3, 384), (33, 3, 128), (20, 2, 256)]
+    cases += [(3, 0, 1152), (9, 2, 1152), (2, 1, 4096)]  # rows of several warps
     for (tokens, token_tiles, width), dtype in zip(cases, itertools.cycle(_mxfp4.INPUT_DTYPES), strict=False):
         torch.manual_seed(tokens)
         columns, at_once = width // 128, max(token_tiles, 1)
