@@ -114,6 +114,13 @@ class GraphDump:
                 text += f"\nmatched:\n{site.matched}\n\nreplaced by:\n{site.replacement}\n"
             (folder / f"site-{i:02d}-{site.status.replace(' ', '-')}.txt").write_text(text, "utf-8")
 
+    def joined(self, number: int, lines: list[str], module: fx.GraphModule) -> None:
+        """The graph once quants and products were joined (``then_gemm.py``), if some were."""
+        folder = self.path / f"{number}-then_gemm"
+        folder.mkdir(exist_ok=True)
+        (folder / "after.py").write_text(_readable(module, "after", "then_gemm"), "utf-8")
+        (folder / "joined.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
     def finish(self, report: GraphReport) -> None:
         (self.path / "report.json").write_text(json.dumps(asdict(report), indent=1), "utf-8")
         (self.path / "report.txt").write_text(f"{report}\n", "utf-8")

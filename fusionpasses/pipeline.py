@@ -144,7 +144,8 @@ class Pipeline(CustomGraphPass):
             self._observe("before", graph)
         left_out = [name for name in PASS_NAMES if self._config.passes is not None and name not in self._config.passes]
         if left_out:
-            report.messages.append(f"not run, because passes={self._config.passes}: {', '.join(left_out)}")
+            names = ", ".join((*left_out, then_gemm.NAME))
+            report.messages.append(f"not run, because passes={self._config.passes}: {names}")
         start = time.perf_counter()
         who_runs.pin_providers(graph)
         seconds = time.perf_counter() - start
@@ -172,7 +173,16 @@ class Pipeline(CustomGraphPass):
         report.messages += who_runs.settle(graph, report.sites, self._config.provider)
         report.messages += remarks.of_graph(graph)
         if not left_out:
-            report.messages += then_gemm.join(graph)
+            start = time.perf_counter()
+            joined = GraphTransformObserver(module, then_gemm.NAME, subsystem="post_grad_passes").apply_graph_pass(
+                then_gemm.join
+            )
+            seconds += time.perf_counter() - start
+            if joined:
+                report.messages += joined
+                self._trace(module, f"fusionpasses_after_{then_gemm.NAME}")
+                if dump is not None:
+                    dump.joined(len(passes), joined, module)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
             self._observe("after", graph)

@@ -22,6 +22,9 @@ from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, same
 
 ours = torch.ops.fusionpasses
 
+#: Of this step, for Inductor's bisector and ``TORCHINDUCTOR_DISABLED_PASSES``.
+NAME = "then_gemm"
+
 #: Each quant, and the overload that goes on to the product.
 THEN_GEMM: dict[Any, Any] = {
     ours.dynamic_mxfp4_quant.default: ours.dynamic_mxfp4_quant.then_gemm,
@@ -68,7 +71,7 @@ def saves_a_launch(pair: Pair) -> bool:
 def join(graph: fx.Graph, pays: Callable[[Pair], bool] = saves_a_launch) -> list[str]:
     """Join the pairs for which it pays, and say so: lines for the report."""
     joined: Counter[str] = Counter()
-    writers = [node for node in graph.nodes if writes(node)]
+    writers = [node for node in graph.nodes if _has_effect(node)]
     for node in list(graph.nodes):
         pair = _pair_of(node)
         if pair is not None and pays(pair) and _may_move(pair, writers):
@@ -86,9 +89,11 @@ def _pair_of(quant: fx.Node) -> Pair | None:
     results: dict[int, fx.Node] = {}
     for user in quant.users:
         place: Any = user.args[1] if user.target is operator.getitem else None
-        if place is None or place in results:
+        if not isinstance(place, int) or place < 0 or place in results:
             return None
         results[place] = user
+    if len(quant.meta.get("val", ())) != len(quant.target._schema.returns):  # type: ignore[union-attr]
+        return None
     if not {0, 1} <= results.keys():
         return None
     codes, scales = _flattened(results[0]), _flattened(results[1])
@@ -120,6 +125,14 @@ def _axes(result: fx.Node, view: object) -> int:
     return before.dim() - kept if whole else 0
 
 
+def _has_effect(node: fx.Node) -> bool:
+    """Does it do anything that what comes after may see: write, or wait for another stream?"""
+    if node.op != "call_function":
+        return False
+    waits = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "streams"
+    return waits or writes(node) or node.is_impure(impure_random=False)
+
+
 def _may_move(pair: Pair, writers: Sequence[fx.Node]) -> bool:
     """Can the product stand where the quant is? What it takes must be there, and not be written to before it."""
     between = [node for node in writers if pair.quant < node < pair.gemm]
@@ -135,7 +148,7 @@ def _join(graph: fx.Graph, pair: Pair) -> None:
     views = kwargs.pop("x_codes"), kwargs.pop("x_scales")
     if axes > 1:
         kwargs["axes"] = axes
-    others: tuple[Any, ...] = tuple(quant.meta["val"][2:]) if "val" in quant.meta else ()
+    others: tuple[Any, ...] = tuple(quant.meta["val"][2:])
     value: Any = (gemm.meta["val"], *others) if others else gemm.meta["val"]
     with graph.inserting_before(quant):
         joined = call(graph, THEN_GEMM[quant.target], quant.args, quant.kwargs | kwargs, provenance=quant, value=value)

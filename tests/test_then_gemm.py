@@ -100,6 +100,9 @@ def test_not_where_only_some_passes_are_asked_for() -> None:
         backend = fp.fusion_backend(passes=("rmsnorm_mxfp4_quant",))
         torch.compile(model, backend=backend)(*inputs)
     (report,) = backend.report.graphs
+    assert report.messages[0].endswith(
+        ": silu_mul_mxfp4_quant, fused_rope_mla_kv_cache, dynamic_mxfp4_quant, then_gemm"
+    )
     assert not [line for line in report.messages if "joined" in line]
 
 
@@ -160,6 +163,56 @@ def test_results_that_are_flattened_to_tokens_are_joined(quant: str) -> None:
 
 def _first_op(graph: fx.Graph) -> fx.Node:
     return next(node for node in graph.nodes if node.op == "call_function")
+
+
+def test_graphs_that_no_tracer_makes_are_left() -> None:
+    def function(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        codes, scales, total = ours.rmsnorm_add_mxfp4_quant(x, x, None, 1e-6, cast_order="scale_cast")
+        return ours.mxfp4_gemm(codes, scales, w, s, out_dtype=torch.float32), total
+
+    def untold(quant: fx.Node) -> None:
+        del quant.meta["val"]
+
+    def from_behind(quant: fx.Node) -> None:
+        (total,) = (user for user in quant.users if user.args[1] == 2)
+        total.args = (quant, -1)
+
+    def twice(quant: fx.Node) -> None:
+        with quant.graph.inserting_after(quant):
+            again = quant.graph.call_function(operator.getitem, (quant, 2))
+        again.meta["val"] = quant.meta["val"][2]
+        output = quant.graph.output_node()
+        output.args = ((*output.args[0], again),)
+
+    def wait(quant: fx.Node) -> None:
+        with quant.graph.inserting_after(next(iter(quant.users))):
+            quant.graph.call_function(
+                torch.ops.aten._assert_async.msg, (quant.graph.find_nodes(op="placeholder")[0], "")
+            )
+
+    for edit in (untold, from_behind, twice, wait):
+        graph = traced(function, torch.randn(3, 64), *_weight())
+        edit(_first_op(graph))
+        assert _join(graph) == [], edit.__name__
+    assert len(_join(traced(function, torch.randn(3, 64), *_weight()))) == 1
+
+
+def test_axes_that_the_input_has_not_are_refused() -> None:
+    (w, s), x = _weight(), torch.randn(3, 64)
+    for axes in (0, 3):
+        with pytest.raises(fp.UnsupportedInput, match=f"axes: got {axes}, allowed 1 to 2"):
+            ours.dynamic_mxfp4_quant.then_gemm(x, w_codes=w, w_scales=s, out_dtype=torch.float32, axes=axes)
+
+
+@needs_triton
+def test_every_joined_op_has_an_adapter_that_may_be_chosen() -> None:
+    from fusionpasses.providers import _IMPLEMENTS
+    from fusionpasses.providers.triton import ADAPTERS
+
+    names = {str(joined).partition(".")[2] for joined in then_gemm.THEN_GEMM.values()}
+    assert names == {name for name in OPS if name.endswith("then_gemm")}
+    assert names == {name for name in ADAPTERS if name.endswith("then_gemm")}
+    assert names <= _IMPLEMENTS["triton"]
 
 
 HINDERED = {
@@ -276,6 +329,7 @@ def pair_of(tokens: int, rows: int, width: int, layout: str, **providers: str) -
         (32, 36864, 7168 + 128, "tiles", False),  # half a step of wgmma
         (32, 2112, 7168 + 32, "tiles", False),  # a quarter of a column
         (0, 36864, 7168, "tiles", False),
+        (640, 64, 2**23, "tiles", False),  # places of 33 bits
     ],
 )
 def test_it_pays_where_the_product_puts_tokens_in_order(
@@ -288,6 +342,9 @@ def test_it_pays_where_the_product_puts_tokens_in_order(
     for other in ("reference", "aiter"):
         assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, quant=other))
         assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, gemm=other))
+    assert then_gemm.saves_a_launch(pair._replace(axes=2)) == pays
+    norm = pair.quant.graph.call_function(ours.rmsnorm_mxfp4_quant.default, pair.quant.args, pair.quant.kwargs)
+    assert not then_gemm.saves_a_launch(pair._replace(quant=norm, axes=2))
     monkeypatch.setattr(remarks, "architecture", lambda device: None)
     assert not then_gemm.saves_a_launch(pair)
 

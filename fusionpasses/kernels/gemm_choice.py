@@ -25,9 +25,10 @@ def token_order(choice: Choice, tokens: int, rows: int, width: int, layout: str)
     """``TOKEN_TILES`` of ``_token_order.py``, if the product begins by putting MXFP4 x in order; None if it does not.
 
     Whoever quantises x may as well leave it in that order. ``choice`` is what ``choose`` says of the same call; widths
-    that end within a column, or a step of ``mxfp4_gemm_wgmma``, are left to the product, which fills in zeros.
+    that end within a column, or a step of ``mxfp4_gemm_wgmma``, are left to the product, which fills in zeros; so are
+    tokens of which the numbers have no places in 32 bits.
     """
-    if layout != "tiles":
+    if layout != "tiles" or tokens * width >= 2**30:
         return None
     if choice.kernel == "mxfp4_gemm_wgmma":
         whole = width % (_COLUMN * int(choice.options["UNROLLED"])) == 0
