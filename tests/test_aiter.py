@@ -476,7 +476,8 @@ def test_what_quantises_needs_the_promise_and_a_new_release():
     assert not _aiter_numerics.serves(QUANT, "newer")
     for op, why in _aiter_numerics.NEVER.items():
         assert _aiter_numerics.serves(op, level=Level.FAST) == Verdict(False, f"{why}; no setting admits it")
-    assert FUNCTIONS.keys() | _aiter_numerics.NEVER.keys() == OPS.keys()
+    # What is joined is Triton's already.
+    assert FUNCTIONS.keys() | _aiter_numerics.NEVER.keys() == {op for op in OPS if not op.endswith("then_gemm")}
     routes = {(op, function) for op, functions in FUNCTIONS.items() for function in functions}
     assert routes == {(op, function) for op, of_op in _aiter_rules.RULES.items() for function in of_op}
     assert routes == aiter._RUN.keys()

@@ -128,7 +128,7 @@ def test_times_become_tokens_and_ratios(batch, eager, clock, capsys):
         "0.5",
     ]
     assert rows["weight-only"]["report"][0].startswith("fusionpasses: 1 graph, 1 site fused (1 cache write), 0 refused")
-    assert rows["w4a4-fused"]["report"][0].startswith("fusionpasses: 1 graph, 5 sites fused (4 quants, 1 cache write)")
+    assert rows["w4a4-fused"]["report"][0].startswith("fusionpasses: 1 graph, 6 sites fused (5 quants, 1 cache write)")
 
 
 def test_one_side_alone_has_no_ratio(batch, eager, clock):
@@ -277,7 +277,7 @@ def test_toy_sizes_compile_and_agree(tmp_path, capsys):
         assert not row["failed"]
         assert row["error"] <= 2 * row["noise"] + 0.05
     said = capsys.readouterr().out
-    assert "w4a4-fused: fusionpasses: 1 graph, 5 sites fused (4 quants, 1 cache write), 0 refused" in said
+    assert "w4a4-fused: fusionpasses: 1 graph, 6 sites fused (5 quants, 1 cache write), 0 refused" in said
     assert "weight-only: fusionpasses: 1 graph, 1 site fused (1 cache write), 0 refused" in said
     if not torch.cuda.is_available():
         assert not [row for row in rows if "ms" in row]
