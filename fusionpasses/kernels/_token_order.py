@@ -2,10 +2,10 @@
 
 What ``mxfp4_gemm_arrange`` and ``mxfp4_gemm_interleave`` make of codes and scales, by the kernel that quantises.
 A thread has a block of 32 elements of one token, ``row``; eight tokens are a tile, four blocks a column. Words are
-pairs of bfloat16, word j of an eighth of a column the elements ``2 * j`` and ``2 * j + 1`` of eight:
+pairs of bfloat16, word j of a quarter of a block the elements ``2 * j`` and ``2 * j + 1`` of its eight:
 
 ===========  ===========================================================================================
-TOKEN_TILES  where word j of eighth c of block q of a token g of a tile is
+TOKEN_TILES  where word j of quarter c of block q of a token g of a tile is
 ===========  ===========================================================================================
 0            for ``mxfp4_gemm``: ``(((tile * columns + column) * 4 + q) * 8 + g) * 16 + c * 4 + j``
 n            for ``mxfp4_gemm_wgmma``, n tiles together:
@@ -43,7 +43,11 @@ def lower_flags(flags_ptr, FLAGS: tl.constexpr):
 
 @triton.jit
 def let_product_start(ISA: tl.constexpr):
-    """When a program has only its results to store: before, the product's would find processors unevenly taken."""
+    """When a program has only its results to store.
+
+    Let in at once, as behind other kernels, 24576 x 1536 with 32 tokens ended 13.3 us after its quant on an H200, and
+    ends 10.1 us after.
+    """
     if ISA == PTX:
         gdc_launch_dependents()
 
