@@ -80,12 +80,13 @@ def test_shared_memory_and_programs_suffice(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("tokens", "rows", "width", "programs"),
     [
-        (32, 24576, 1536, 384),  # three tiles for each multiprocessor, but for twelve of them
-        (64, 24576, 1536, 384),
-        (128, 24576, 1536, 2 * 132),  # of 128 rows each: too few for that
-        (32, 24576, 2176, 5 * 132),  # long tiles
-        (32, 18432, 2048, 5 * 132),  # three for some, two for others
-        (32, 16384, 2048, 5 * 132),  # two, and registers suffice for five
+        (64, 24576, 1536, 384),  # three tiles for each multiprocessor, but for twelve of them
+        (16, 24576, 1536, 384),
+        (32, 24576, 1536, 2 * 132),  # of 128 rows each: too few for that
+        (128, 24576, 1536, 2 * 132),
+        (64, 24576, 2176, 4 * 132),  # long tiles
+        (64, 18432, 2048, 4 * 132),  # three for some, two for others
+        (64, 16384, 2048, 4 * 132),  # two, and registers suffice for four
     ],
 )
 def test_a_program_has_a_tile_where_that_is_an_even_share(tokens: int, rows: int, width: int, programs: int) -> None:
@@ -125,6 +126,7 @@ class Warpgroups:
             "barriers",
             "fetch",
             "arrived",
+            "read_once",
             "copy_tile",
             "read_tile",
             "afresh",
@@ -248,8 +250,15 @@ class Warpgroups:
             del self.fetched[barrier]
         assert self.phases[barrier] % 2 != int(parity.handle.data.reshape(-1)[0]), "waits for ever"
 
-    def copy_tile(self, thread: Any, codes: Any, scales: Any, exists: Any, at: Any, threads: Any, zeros: Any) -> None:
+    def read_once(self, thread: Any) -> str:
+        return "first to be dropped"
+
+    def copy_tile(
+        self, thread: Any, codes: Any, scales: Any, exists: Any, policy: Any, at: Any, threads: Any, zeros: Any
+    ) -> None:
         import numpy as np
+
+        assert policy == "first to be dropped"
 
         at, threads = _int(at), _int(threads)
         words = np.zeros((self.threads, 10), np.uint32)

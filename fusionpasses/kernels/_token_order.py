@@ -24,11 +24,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from fusionpasses.kernels import _mxfp4_words, _pieces
 from fusionpasses.kernels._mxfp4_words import LINEAR
-from fusionpasses.kernels._pieces import PTX
 
 
 @triton.jit
@@ -39,17 +37,6 @@ def lower_flags(flags_ptr, FLAGS: tl.constexpr):
         for first in tl.range(at * 128, FLAGS, tl.num_programs(0) * tl.num_programs(1) * 128):
             flag = first + tl.arange(0, 128)
             tl.store(flags_ptr + flag, 0, mask=flag < FLAGS)
-
-
-@triton.jit
-def let_product_start(ISA: tl.constexpr):
-    """When a program has only its results to store.
-
-    Let in at once, as behind other kernels, 24576 x 1536 with 32 tokens ended 13.3 us after its quant on an H200, and
-    ends 10.1 us after.
-    """
-    if ISA == PTX:
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -58,10 +58,11 @@ def _arrived_text(barrier):
 def _copy_text(at, threads, zeros):
     # What is not copied is not written either, or its size is 0, and zeros are.
     only, size, half = ("", "$4", "$0") if zeros else ("@p ", "16", "8")
+    codes = "cp.async.cg.shared.global.L2::cache_hint"
     return (
         "{ .reg .pred p; .reg .b32 s, e; mov.u32 s, space; mad.lo.u32 e, $1, 8, s; mad.lo.u32 s, $1, 16, s; "
-        f"setp.ne.u32 p, $4, 0; shr.u32 $0, $4, 1; {only}cp.async.cg.shared.global [s+{at}], [$2], 16, {size}; "
-        f"{only}cp.async.cg.shared.global [s+{at + threads * 16}], [$2+512], 16, {size}; "
+        f"setp.ne.u32 p, $4, 0; shr.u32 $0, $4, 1; {only}{codes} [s+{at}], [$2], 16, {size}, $5; "
+        f"{only}{codes} [s+{at + threads * 16}], [$2+512], 16, {size}, $5; "
         f"{only}cp.async.ca.shared.global [e+{at + threads * 32}], [$3], 8, {half}; cp.async.commit_group; }}"
     )
 
@@ -154,12 +155,19 @@ def arrived(parity, BARRIER: tl.constexpr):
 
 
 @triton.jit
-def copy_tile(thread, codes, scales, exists, AT: tl.constexpr, THREADS: tl.constexpr, ZEROS: tl.constexpr):
+def read_once(thread):
+    """A policy for copies of a weight: L2 drops it before activations, caches and sums, which are soon read again."""
+    text: tl.constexpr = "createpolicy.fractional.L2::evict_first.b64 $0, 1.0; // $1"
+    return tl.inline_asm_elementwise(text, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
+
+
+@triton.jit
+def copy_tile(thread, codes, scales, exists, policy, AT: tl.constexpr, THREADS: tl.constexpr, ZEROS: tl.constexpr):
     """Begins to copy a thread's part of a tile of a prepared weight, 40 bytes, to where it alone reads it.
 
     Of a tile that does not exist, zeros if ZEROS, else nothing.
     """
-    _asm(_copy_text(AT, THREADS, ZEROS), "=&r,r,l,l,r", [thread, codes, scales, tl.where(exists, 16, 0)])
+    _asm(_copy_text(AT, THREADS, ZEROS), "=&r,r,l,l,r,l", [thread, codes, scales, tl.where(exists, 16, 0), policy])
 
 
 @triton.jit

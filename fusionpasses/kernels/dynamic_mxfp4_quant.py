@@ -54,8 +54,7 @@ def dynamic_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        if TOKEN_TILES is None:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     block = tl.arange(0, TILE_BLOCKS)[None, :]
     column = block * BLOCK
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
@@ -103,6 +102,5 @@ def dynamic_mxfp4_quant(
     if TOKEN_TILES is None:
         _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, block, codes, scale, mask, MASKED)
     else:
-        _token_order.let_product_start(ISA)
         _token_order.lower_flags(scales_ptr, FLAGS)
         _token_order.store(codes_ptr, token, of_token, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)

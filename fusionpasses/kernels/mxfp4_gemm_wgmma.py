@@ -56,9 +56,10 @@ def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str)
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
 
-    More rows and more columns of a step were measured and are not faster on an H200, up to 64 tokens. With more, the
-    sums leave no room for as many programs, and each has twice the rows: x is what most bytes are then. Of so many
-    tokens a column does not fit shared memory twice; half of it does.
+    More columns of a step were measured and are not faster on an H200, nor are twice the rows, but from 17 to 32
+    tokens: x is read half as often then, which saves little time and much power (a chain of products that keeps the GPU
+    at its limit takes 3 % less, one below it 0.5 %). With more than 64 the sums leave no room for as many programs, and
+    x is what most bytes are. Of so many tokens a column does not fit shared memory twice; half of it does.
 
     All programs must be on the GPU at once, or the last ones double the time: so many as a multiprocessor has registers
     for, and no more registers. Fewer take longer (four instead of five for each, 13 to 17 %), but where tiles are short
@@ -66,10 +67,11 @@ def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, 
     """
     groups = -(-tokens // MOST_TOKENS)
     token_tiles = -(-tokens // (8 * groups))
-    warpgroups, unrolled, pieces = (1, 2, 1) if token_tiles <= 8 else (2, 1, 2)
+    warpgroups = 2 if 2 < token_tiles <= 4 or token_tiles > 8 else 1
+    unrolled, pieces = (2, 1) if token_tiles <= 8 else (1, 2)
     tiles = -(-rows // (_ROWS * warpgroups)) * groups
     steps_of_tile = -(-width // (_COLUMN * unrolled))
-    programs, registers = (5, 96) if token_tiles <= 4 else (4 // warpgroups, 128)
+    programs, registers = (5, 96) if token_tiles <= 2 else (4 // warpgroups, 128)
     programs = min(tiles * steps_of_tile, programs * arch.processors)
     most = -(-tiles // arch.processors)  # tiles of a multiprocessor, if each program has one
     if steps_of_tile <= _SHORT and most >= 3 and 0.9 * most * arch.processors <= tiles <= programs:
@@ -162,6 +164,7 @@ def _copy_column(
     scales,
     exists,
     unit,
+    policy,
     i: tl.constexpr,
     FIRST_W: tl.constexpr,
     W: tl.constexpr,
@@ -172,7 +175,7 @@ def _copy_column(
     ENDS: tl.constexpr = COLUMNS % UNROLLED != 0
     if ENDS:
         exists = exists & (unit * UNROLLED + i < COLUMNS)
-    _warpgroup.copy_tile(thread, w + i * 1024, scales + i * 64, exists, FIRST_W + i * W, W // 40, ENDS)
+    _warpgroup.copy_tile(thread, w + i * 1024, scales + i * 64, exists, policy, FIRST_W + i * W, W // 40, ENDS)
 
 
 @triton.jit
@@ -240,12 +243,13 @@ def mxfp4_gemm_wgmma(
     _warpgroup.barriers(thread, FIRST_BARRIER, LAST + 1)
     w = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane * 16
     scales = w_scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane // 4 * 8
+    policy = _warpgroup.read_once(thread)
     # Of the step to be copied next: its tile, its place in it, and how many there are.
     next_tile, next_unit, left = tile, unit, end - begin
     next_w, next_scales, row_tile = _weight_of(tile, unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
     for i in tl.static_range(UNROLLED):
         exists = row_tile < row_tiles
-        _copy_column(thread, next_w, next_scales, exists, next_unit, i, FIRST_W, W, UNROLLED, COLUMNS)
+        _copy_column(thread, next_w, next_scales, exists, next_unit, policy, i, FIRST_W, W, UNROLLED, COLUMNS)
     next_unit += 1
     left -= 1
     if next_unit == UNITS:
@@ -278,7 +282,7 @@ def mxfp4_gemm_wgmma(
             for i in tl.static_range(UNROLLED):
                 words = _warpgroup.read_tile(thread, FIRST_W + i * W, THREADS, UNROLLED - 1)
                 exists = (row_tile < row_tiles) & (left > 0)
-                _copy_column(thread, next_w, next_scales, exists, next_unit, i, FIRST_W, W, UNROLLED, COLUMNS)
+                _copy_column(thread, next_w, next_scales, exists, next_unit, policy, i, FIRST_W, W, UNROLLED, COLUMNS)
                 f_low, f_high = _mxfp4_words.factors(words[8]), _mxfp4_words.factors(words[9])
                 for piece in tl.static_range(PIECES):
                     _warpgroup.arrived(parity, FIRST_BARRIER + (i * PIECES + piece) * 8)

@@ -287,8 +287,7 @@ def rmsnorm_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        if TOKEN_TILES is None:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     if TOKEN_TILES is not None:
         _token_order.lower_flags(scales_ptr, FLAGS)
     block0 = tl.arange(0, TILE_BLOCKS)[None, :]
@@ -351,8 +350,6 @@ def rmsnorm_mxfp4_quant(
         total = tl.sum(squares, axis=1)
         mean_square = tl.div_rn(total, ROW_BLOCKS * 32.0)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
-        if TOKEN_TILES is not None:
-            _token_order.let_product_start(ISA)
 
         if REREAD:
             for c in range(CHUNKS):

@@ -222,8 +222,7 @@ def rmsnorm_mxfp4_quant_pair(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        if TOKEN_TILES is None:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     if TOKEN_TILES is not None:
         _token_order.lower_flags(scales_ptr, FLAGS)
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
@@ -234,8 +233,6 @@ def rmsnorm_mxfp4_quant_pair(
             x_ptr, weight_ptr, row, first, x_row_stride, rows, ROW_BLOCKS, ROWS, TILE_BLOCKS, CHUNKS
         )
         rstd = _rstd_of(x, eps, dtype, ROW_BLOCKS, ROWS, TILE_BLOCKS, CHUNKS)
-        if TOKEN_TILES is not None:
-            _token_order.let_product_start(ISA)
         for c in tl.static_range(CHUNKS):
             block = first + c * TILE_BLOCKS
             one_norm._normalize_and_quantize(

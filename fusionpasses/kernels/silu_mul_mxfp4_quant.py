@@ -136,8 +136,7 @@ def silu_mul_mxfp4_quant(
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
-        if TOKEN_TILES is None:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     within = tl.arange(0, TILE_BLOCKS)[None, :]
     # 64 bits before the first product: offsets pass 2**31 in tensors that fit a GPU.
     first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
@@ -201,6 +200,5 @@ def silu_mul_mxfp4_quant(
     if TOKEN_TILES is None:
         _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, within, codes, scale, mask, MASKED)
     else:
-        _token_order.let_product_start(ISA)
         _token_order.lower_flags(scales_ptr, FLAGS)
         _token_order.store(codes_ptr, row, block, codes, scale, mask, K_BLOCKS, TOKEN_TILES, MASKED, ISA)
