@@ -1,5 +1,6 @@
 """What ``benchmarks.linear`` does without a GPU: its options, its rows with peers that work or do not, its table."""
 
+import itertools
 import json
 import pathlib
 
@@ -28,22 +29,27 @@ class FakePeer:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Without a clock: how many calls each time was taken of."""
+    """Without a clock: of which graph each time was taken, and of how many calls."""
     counts = []
 
     class Replays:
         def __init__(self, calls):
-            self.count, self.times = len(calls), iter((70.0, 10.0 * (made() + 1), 1.0))
+            self.number, self.count = len(graphs), len(calls)
+            self.times = itertools.cycle((70.0, 10.0 * (self.number + 1), 1.0))
+            self.warm = False
             graphs.append(self)
             for call in calls:
                 call()
 
-        def time(self):
-            counts.append(self.count)
+        def warm_up(self):
+            self.warm = True
+
+        def once(self):
+            assert all(graph.warm for graph in graphs)
+            counts.append((self.number, self.count))
             return next(self.times)
 
     graphs = []
-    made = graphs.__len__
     monkeypatch.setattr(linear, "Replays", Replays)
     return counts
 
@@ -62,7 +68,7 @@ def test_rows_of_peers_that_are_right_wrong_and_broken(timed, capsys):
     assert "us" not in wrong
     assert wrong["error"] == pytest.approx(0.01, rel=0.2)
     assert broken["failed"] == "RuntimeError: no kernel image"
-    assert timed == [len(every)] * 2 * linear.ROUNDS
+    assert timed == [(0, len(every)), (1, len(every))] * linear.REPLAYS
     assert peers["marlin"].prepared == len(every)
     assert peers["triton_kernels"].prepared == 1
     said = capsys.readouterr().out.splitlines()

@@ -37,28 +37,39 @@ class Replays:
         with torch.cuda.graph(self._graph):
             self._kept = [call() for call in calls]  # or the next call would get its outputs' memory
 
-    def time(self, replays: int = 5) -> float:
-        """Microseconds of one call."""
+    def warm_up(self) -> None:
         started = time.perf_counter()
         while time.perf_counter() - started < WARM_UP:
             self._graph.replay()
             torch.cuda.synchronize()
-        times = []
-        for _ in range(replays):
-            _flush_buffer().zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            self._graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / self._count)
-        return float(statistics.median(times))
+
+    def once(self) -> float:
+        """Microseconds of one call, by a single replay."""
+        _flush_buffer().zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end) * 1000 / self._count)
+
+
+def in_turn(every: Sequence[Replays], replays: int) -> list[float]:
+    """Microseconds of one call of each, the median of that many replays, one of each in turn.
+
+    A GPU at its power limit has the clock that what ran in the last tenth of a second leaves it, so each must follow
+    what the others do, not itself.
+    """
+    for one in every:
+        one.warm_up()
+    times = [[one.once() for one in every] for _ in range(replays)]
+    return [float(statistics.median(of_one)) for of_one in zip(*times, strict=True)]
 
 
 def replay_time(calls: Sequence[Callable[[], Any]], replays: int = 5) -> float:
     """Microseconds of one call."""
     calls[0]()
-    return Replays(calls).time(replays)
+    return in_turn([Replays(calls)], replays)[0]
 
 
 @functools.cache

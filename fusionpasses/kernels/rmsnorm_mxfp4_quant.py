@@ -288,8 +288,6 @@ def rmsnorm_mxfp4_quant(
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
         gdc_launch_dependents()
-    if TOKEN_TILES is not None:
-        _token_order.lower_flags(scales_ptr, FLAGS)
     block0 = tl.arange(0, TILE_BLOCKS)[None, :]
     within = tl.arange(0, ROWS)[:, None]
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
@@ -412,3 +410,5 @@ def rmsnorm_mxfp4_quant(
                     TOKEN_TILES,
                     ISA,
                 )
+    if TOKEN_TILES is not None:
+        _token_order.lower_flags(scales_ptr, FLAGS)

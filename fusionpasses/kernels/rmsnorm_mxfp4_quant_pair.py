@@ -223,8 +223,6 @@ def rmsnorm_mxfp4_quant_pair(
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
         gdc_wait()
         gdc_launch_dependents()
-    if TOKEN_TILES is not None:
-        _token_order.lower_flags(scales_ptr, FLAGS)
     # 64 bits before the first product: rows times stride passes 2**31 in tensors that fit a GPU.
     program = tl.program_id(0).to(tl.int64)
     if program < programs:
@@ -277,3 +275,5 @@ def rmsnorm_mxfp4_quant_pair(
                 ROUND_RESULT2,
                 ISA,
             )
+    if TOKEN_TILES is not None:
+        _token_order.lower_flags(scales_ptr, FLAGS)
