@@ -88,6 +88,7 @@ GOOD = codegen.Result(CONFIG, warps=8, shared=32, sums=32, loads=(16,), stores=(
         ({"stores": (1, 8, 16)}, "stores of (1, 8, 16) bytes"),
         ({"stores": (1,)}, "stores of (1,) bytes"),
         ({"contracted": 3}, "3 contractions"),
+        ({"too_early": True}, "lets the next kernel start before it has waited"),
         ({"missing": ("bf16 added in pairs",)}, "no instruction for: bf16 added in pairs"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
     ],
@@ -193,6 +194,15 @@ def test_every_access_of_a_thread_is_seen():
     assert codegen.accesses(GCN, sass=False) == ((1, 2, 4, 16), (1, 16))
     with pytest.raises(RuntimeError, match="unknown access load_octet"):
         codegen.accesses("\tglobal_load_octet v1\n", sass=False)
+
+
+def test_a_kernel_waits_before_it_lets_the_next_one_start():
+    wait, let = "        /*0090*/  ACQBULK ;\n", "        /*00a0*/  @P0 PREEXIT ;\n"
+    assert not codegen.starts_too_early(SASS)
+    assert not codegen.starts_too_early(wait + SASS)
+    assert not codegen.starts_too_early(wait + SASS + let)
+    assert codegen.starts_too_early(let + wait)
+    assert codegen.starts_too_early(let)
 
 
 def test_spills_are_read_from_the_code_object():

@@ -132,7 +132,8 @@ FAMILIES = (
 #: By target and family: with which sources (`python -m tools.codegen --hash`) `pytest -m gpu` passed last, and where.
 RUNS = {
     ("sm_90", "quants"): ("5ff40e03c35c", "H200 2026-11-21"),
-    ("sm_90", "products"): ("a2a9e7b43300", "H200 2026-11-22"),
+    ("sm_90", "products"): ("a5ea8456f4d2", "H200 2026-11-22"),
+    ("sm_90", "orders"): ("ddfa30c7cc3d", "H200 2026-11-22"),
     ("sm_90", "pairs"): ("369a8c3fc2ac", "H200 2026-11-22"),
     ("sm_90", "dots"): ("74ee5afeec2a", "H200 2026-11-21"),
     ("sm_90", "cache"): ("35f131222723", "H200 2026-11-21"),
@@ -157,6 +158,7 @@ class Result:
     other_loads: tuple[int, ...] = ()
     widest_load: int = 0  # the least that the widest load is
     contracted: int = 0
+    too_early: bool = False  # it lets the next kernel start before it has waited for the one in front
     missing: tuple[str, ...] = ()
     error: str = ""
 
@@ -178,6 +180,8 @@ class Result:
         # Scales are single bytes.
         if min((size for size in self.stores if size > 1 or self.wanted_store == 1), default=0) < self.wanted_store:
             wrong.append(f"stores of {self.stores} bytes")
+        if self.too_early:
+            wrong.append("lets the next kernel start before it has waited")
         if self.contracted:
             wrong.append(f"{self.contracted} contractions")
         return ", ".join(wrong) or "ok"
@@ -199,6 +203,15 @@ def disassembled(cubin: bytes) -> tuple[str, int]:
     if odd := re.search(r".*desc\[UR\d*[13579]\].*", text):
         raise RuntimeError(f"a descriptor is two registers, from an even one on; the GPU refuses {odd[0].strip()}")
     return text, max(map(int, sizes))
+
+
+def starts_too_early(sass: str) -> bool:
+    """Does a kernel let the next one start before it has itself waited for the one in front?
+
+    The next one may read at once what kernels before this one wrote, weights for example, and write what they read.
+    """
+    lets, waits = sass.find("PREEXIT"), sass.find("ACQBULK")
+    return lets >= 0 and not 0 <= waits < lets
 
 
 def gcn_spilled(code: str) -> int:
@@ -278,6 +291,7 @@ def _examine(config: AnyConfig) -> Result:
         other_loads=launch.other_loads,
         widest_load=launch.widest_load,
         contracted=contractions(compiled),
+        too_early=starts_too_early(code),
         missing=claims.broken(claims.facts(launch, TARGETS[config.target].warp_size), code),
     )
 
