@@ -1,4 +1,4 @@
-"""The answer of a probe."""
+"""Yes or no, and why: what probes answer, and whether it pays to join two ops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Answer of a probe; truthy when ``ok``. ``why`` says what was found, or what is missing."""
+    """Truthy when ``ok``. ``why`` says what was found, or what is missing."""
 
     ok: bool
     why: str

@@ -174,15 +174,16 @@ class Pipeline(CustomGraphPass):
         report.messages += remarks.of_graph(graph)
         if not left_out:
             start = time.perf_counter()
-            joined = GraphTransformObserver(module, then_gemm.NAME, subsystem="post_grad_passes").apply_graph_pass(
+            said = GraphTransformObserver(module, then_gemm.NAME, subsystem="post_grad_passes").apply_graph_pass(
                 then_gemm.join
             )
             seconds += time.perf_counter() - start
-            if joined:
-                report.messages += joined
+            if said is not None:
+                report.messages += [*said.joined, *said.left]
+            if said is not None and said.joined:
                 self._trace(module, f"fusionpasses_after_{then_gemm.NAME}")
                 if dump is not None:
-                    dump.joined(len(passes), joined, module)
+                    dump.joined(len(passes), said.joined, module)
         report.pass_ms = seconds * 1e3
         if self._observe is not None:
             self._observe("after", graph)

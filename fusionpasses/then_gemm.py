@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fusionpasses import remarks
+from fusionpasses._verdict import Verdict
 from fusionpasses.kernels import arch
 from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, same_shape, tensor_of, writes
 
@@ -46,41 +47,69 @@ class Pair(NamedTuple):
     axes: int  #: of the codes, at their end, that are flattened to a token
 
 
-def saves_a_launch(pair: Pair) -> bool:
+class Said(NamedTuple):
+    """Lines for the report."""
+
+    joined: list[str]
+    left: list[str]  #: what others lack
+
+
+#: What is not worth a word in the report.
+_NO = Verdict(False, "")
+
+
+def saves_a_launch(pair: Pair) -> Verdict:
     """Does the product, run by our Triton kernels on the GPU that is here, put its tokens in order?"""
     if {pair.quant.kwargs.get("provider"), pair.gemm.kwargs.get("provider")} != {"triton"}:
-        return False
+        return _NO
     if pair.axes > 1 and pair.quant.target is not ours.dynamic_mxfp4_quant.default:
-        return False  # its programs have rows
+        return _NO  # its programs have rows
     arguments = bound_arguments(pair.gemm)
     out, codes = tensor_of(pair.gemm), tensor_of(arguments["x_codes"])
     if out is None or codes is None or remarks.architecture(out.device) is None:
-        return False
+        return _NO
+    gpu, layout = arch.of(out.device), arguments["layout"]
     sizes = *out.shape, codes.shape[-1]
     if not all(isinstance(size, int) for size in sizes):
-        return False
-    tokens, rows, width, layout = out.shape[:-1].numel(), sizes[-2], sizes[-1] * 2, arguments["layout"]
+        # For some numbers it might pay: what is chosen is chosen once, for all of them.
+        return Verdict(False, "sizes that are numbers when the graph is compiled") if _may_pay(gpu, layout) else _NO
+    tokens, rows, width = out.shape[:-1].numel(), sizes[-2], sizes[-1] * 2
     if not tokens or not rows:
-        return False
+        return _NO
     from fusionpasses.kernels import gemm_choice
 
-    choice = gemm_choice.choose(tokens, rows, width, arch.of(out.device), w4a4=True, layout=layout)
-    return gemm_choice.token_order(choice, tokens, rows, width, layout) is not None
+    choice = gemm_choice.choose(tokens, rows, width, gpu, w4a4=True, layout=layout)
+    in_order = gemm_choice.token_order(choice, tokens, rows, width, layout) is not None
+    return Verdict(True, choice.why) if in_order else _NO
 
 
-def join(graph: fx.Graph, pays: Callable[[Pair], bool] = saves_a_launch) -> list[str]:
-    """Join the pairs for which it pays, and say so: lines for the report."""
+def _may_pay(gpu: arch.Arch, layout: str) -> bool:
+    return gpu.hopper_ptx and layout == "tiles"
+
+
+def join(graph: fx.Graph, pays: Callable[[Pair], Verdict] = saves_a_launch) -> Said:
+    """Join the pairs for which it pays, and say so."""
     joined: Counter[str] = Counter()
+    lacking: Counter[tuple[str, str]] = Counter()
     writers = [node for node in graph.nodes if _has_effect(node)]
     for node in list(graph.nodes):
         pair = _pair_of(node)
-        if pair is not None and pays(pair) and _may_move(pair, writers):
-            joined[f"{node.target._opname}.{node.target._overloadname}".removesuffix(".default")] += 1
+        if pair is None or not _may_move(pair, writers):
+            continue
+        name, verdict = f"{node.target._opname}.{node.target._overloadname}".removesuffix(".default"), pays(pair)
+        if verdict:
+            joined[name] += 1
             _join(graph, pair)
-    return [
-        f"{count} {name} joined with the mxfp4_gemm behind: tokens are handed over in the order that its kernel reads"
-        for name, count in joined.items()
-    ]
+        elif verdict.why:
+            lacking[name, verdict.why] += 1
+    behind = "joined with the mxfp4_gemm behind"
+    return Said(
+        [
+            f"{count} {name} {behind}: tokens are handed over in the order that its kernel reads"
+            for name, count in joined.items()
+        ],
+        [f"{count} {name} not {behind}, which takes {why}" for (name, why), count in lacking.items()],
+    )
 
 
 def _pair_of(quant: fx.Node) -> Pair | None:

@@ -1,5 +1,7 @@
 """MXFP4 checkpoints: exact names of each format, round trips, and that a file that does not fit changes nothing."""
 
+import collections
+import copy
 import json
 import math
 import pathlib
@@ -581,6 +583,39 @@ def test_a_layer_that_is_not_excluded_but_not_quantised_is_said(tmp_path):
     model = on_meta(Small)
     summary = fp.load_checkpoint(model, write(tmp_path / "c", tensors, CONFIGS["quark"]))
     assert summary.left["up"] == "the checkpoint has it in torch.float16"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [None, "up", "inner"])
+def test_a_compiled_model_is_written_and_filled_as_the_model_in_it(part, tmp_path):
+    """Its names have no ``_orig_mod``, and what was compiled computes with the new weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(collections.OrderedDict(inner=Small(), outer=nn.Linear(8, 8)))
+    tokens = torch.arange(8)
+    fp.quantize_mxfp4(model, lambda name, _: name in ("inner.up", "inner.down"))
+    fp.save_checkpoint(model, tmp_path / "plain", format="quark")
+
+    def compiled(of):
+        if part == "inner":
+            of.inner = torch.compile(of.inner, backend="eager")
+        elif part == "up":
+            of.inner.up = torch.compile(of.inner.up, backend="eager")
+        return of if part else torch.compile(of, backend="eager")
+
+    fp.save_checkpoint(compiled(copy.deepcopy(model)), tmp_path / "compiled", format="quark")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+    empty = compiled(nn.Sequential(collections.OrderedDict(inner=Small(), outer=nn.Linear(8, 8))))
+    before = empty(tokens)
+    if part == "up":  # it would go on to call the linear that it was made for
+        with pytest.raises(fp.BadCheckpoint, match=r"'inner\.up\.weight'.*given by itself.*parent was compiled"):
+            fp.load_checkpoint(empty, tmp_path / "plain", progress=False)
+        assert torch.equal(empty(tokens), before)
+        return
+    summary = fp.load_checkpoint(empty, tmp_path / "plain", progress=False)
+    assert summary.quantized == ["inner.up", "inner.down"]
+    assert torch.equal(empty(tokens), model(tokens))
 
 
 def test_tied_weights(tmp_path):

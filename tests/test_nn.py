@@ -172,6 +172,26 @@ def test_a_linear_whose_weight_another_module_reads_is_left():
     assert type(model.down) is nn.Linear
 
 
+@torch.no_grad()
+def test_compiled_modules() -> None:
+    """By the names that they have without torch.compile; a linear that was compiled by itself would go on to run."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    model = torch.compile(nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64))), backend="eager")
+    seen = []
+    before = model(x)
+    assert fp.quantize_mxfp4(model, lambda name, _: not seen.append(name)) is model
+    assert fp.last_quantization().quantized == seen == ["0", "1.0"]
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), model._orig_mod(x))
+
+    alone = nn.Sequential(torch.compile(nn.Linear(64, 64), backend="eager"), nn.Linear(64, 64))
+    assert left_of(alone) == {"0": "torch.compile was given it by itself"}
+    assert torch.equal(alone(x), alone[1](alone[0]._orig_mod(x)))
+    with pytest.raises(fp.UnsupportedInput, match=r"got an nn\.Linear"):
+        fp.quantize_mxfp4(torch.compile(nn.Linear(64, 64), backend="eager"))
+
+
 def test_what_a_new_module_would_lose_is_left():
     replaced, buffered, nested, lazy = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.LazyLinear(64)
     replaced.forward = lambda x: x

@@ -32,7 +32,7 @@ ALLOWED = {
     "dump": {"errors", "patterns", "pipeline", "probes", "providers", "report"},
     "remarks": {"kernels", "patterns", "probes"},
     "who_runs": {"patterns", "providers", "remarks", "report"},
-    "then_gemm": {"kernels", "patterns", "remarks"},
+    "then_gemm": {"_verdict", "kernels", "patterns", "remarks"},
     "pipeline": {
         "anchors",
         "config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fusionpasses as fp
 from fusionpasses import remarks, then_gemm
+from fusionpasses._verdict import Verdict
 from fusionpasses.kernels.arch import Arch
 from fusionpasses.ops import OPS, _mxfp4, _mxfp4_weight
 from fusionpasses.probes import probe_triton
@@ -53,7 +57,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it paid on any machine."""
-    monkeypatch.setattr(then_gemm, "join", functools.partial(then_gemm.join, pays=lambda pair: True))
+    monkeypatch.setattr(then_gemm, "join", functools.partial(then_gemm.join, pays=lambda pair: Verdict(True, "")))
 
 
 def layer(**options: bool) -> tuple[Layer, tuple[Tensor, Tensor]]:
@@ -78,7 +82,7 @@ def test_counts_and_sites_are_those_of_both_ops() -> None:
     with torch.no_grad():
         joined = capture(model, inputs).graphs[0].report
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(then_gemm, "join", lambda graph: [])
+            patch.setattr(then_gemm, "join", lambda graph: then_gemm.Said([], []))
             apart = capture(model, inputs).graphs[0].report
     assert joined.ops_after == apart.ops_after
     assert joined.nodes_after < apart.nodes_after
@@ -106,6 +110,21 @@ def test_not_where_only_some_passes_are_asked_for() -> None:
     assert not [line for line in report.messages if "joined" in line]
 
 
+def test_what_pairs_lack_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("FUSION_DEBUG_DUMP", str(tmp_path))
+    lacks = functools.partial(then_gemm.join, pays=lambda pair: Verdict(False, "more than this"))
+    monkeypatch.setattr(then_gemm, "join", lacks)
+    model, inputs = layer()
+    with torch.no_grad():
+        (graph,) = assert_equivalent(model, inputs).graphs
+    said = [line for line in graph.report.messages if "joined" in line]
+    assert [line.split()[:2] for line in said] == [
+        ["1", quant] for quant in ("rmsnorm_add_mxfp4_quant", "silu_mul_mxfp4_quant", "dynamic_mxfp4_quant")
+    ]
+    assert all(line.endswith("not joined with the mxfp4_gemm behind, which takes more than this") for line in said)
+    assert not [path for path in tmp_path.rglob("*") if "then_gemm" in path.name]
+
+
 @pytest.mark.usefixtures("everywhere")
 def test_codes_that_two_products_read_are_left() -> None:
     model, inputs = layer(shared=True)
@@ -126,9 +145,10 @@ def _weight(rows: int = 32, width: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def _join(graph: fx.Graph) -> list[str]:
-    lines = then_gemm.join(graph, pays=lambda pair: True)
+    said = then_gemm.join(graph, pays=lambda pair: Verdict(True, ""))
     graph.lint()
-    return lines
+    assert said.left == []
+    return said.joined
 
 
 def test_a_quant_without_other_results_becomes_the_product() -> None:
@@ -154,7 +174,7 @@ def test_results_that_are_flattened_to_tokens_are_joined(quant: str) -> None:
 
     inputs = (torch.randn(2, 3, 64).transpose(0, 1), *_weight(32, 128))
     graph = traced(function, *inputs)
-    assert then_gemm.saves_a_launch(then_gemm._pair_of(_first_op(graph))) is False  # on a CPU
+    assert not then_gemm.saves_a_launch(then_gemm._pair_of(_first_op(graph)))  # on a CPU
     assert len(_join(graph)) == 1
     (joined,) = [node for node in graph.nodes if node.op == "call_function"]
     assert joined.kwargs["axes"] == 2
@@ -338,15 +358,49 @@ def test_it_pays_where_the_product_puts_tokens_in_order(
     monkeypatch.setattr(remarks, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(then_gemm.arch, "of", lambda device: H200)
     pair = pair_of(tokens, rows, width, layout)
-    assert then_gemm.saves_a_launch(pair) == pays
+    assert then_gemm.saves_a_launch(pair).ok == pays
     for other in ("reference", "aiter"):
         assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, quant=other))
         assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, gemm=other))
-    assert then_gemm.saves_a_launch(pair._replace(axes=2)) == pays
+    assert then_gemm.saves_a_launch(pair._replace(axes=2)).ok == pays
     norm = pair.quant.graph.call_function(ours.rmsnorm_mxfp4_quant.default, pair.quant.args, pair.quant.kwargs)
     assert not then_gemm.saves_a_launch(pair._replace(quant=norm, axes=2))
     monkeypatch.setattr(remarks, "architecture", lambda device: None)
     assert not then_gemm.saves_a_launch(pair)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("layout", "gpu", "provider", "said"),
+    [
+        ("tiles", H200, "triton", True),
+        ("linear", H200, "triton", False),  # no product of it begins by putting tokens in order
+        ("tiles", Arch("gfx950", warp_size=64, processors=256), "triton", False),  # nor one there
+        ("tiles", H200, "reference", False),
+    ],
+)
+def test_sizes_that_are_no_numbers_are_said(
+    monkeypatch: pytest.MonkeyPatch, layout: str, gpu: Arch, provider: str, said: bool
+) -> None:
+    monkeypatch.setattr(remarks, "architecture", lambda device: gpu.name)
+    monkeypatch.setattr(then_gemm.arch, "of", lambda device: gpu)
+    pair = pair_of(32, 2112, 7168, layout, quant=provider, gemm=provider)
+    graph = pair.gemm.graph
+    tokens = ShapeEnv().create_unbacked_symint()
+    x: Any = next(iter(graph.nodes))
+    results = pair.quant, *pair.results.values(), pair.gemm
+    with FakeTensorMode(shape_env=tokens.node.shape_env):
+        x.meta["val"] = torch.empty(tokens, 7168, dtype=torch.bfloat16, device="meta")
+        pair.quant.meta["val"] = _mxfp4.fake_quantized(x.meta["val"])
+        for place, result in pair.results.items():
+            result.meta["val"] = pair.quant.meta["val"][place]
+        pair.gemm.meta["val"] = torch.empty(tokens, 2112, dtype=torch.bfloat16, device="meta")
+    graph.output(pair.gemm)
+    before = str(graph)
+    line = "1 dynamic_mxfp4_quant not joined with the mxfp4_gemm behind, which takes sizes that are numbers when"
+    assert [text.startswith(line) for text in then_gemm.join(graph).left] == [True] * said
+    assert str(graph) == before
+    assert all(node in graph.nodes for node in results)
 
 
 # ---- what is launched

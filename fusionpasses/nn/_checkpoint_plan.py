@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpasses.errors import BadCheckpoint
+from fusionpasses.nn import _compiled
 from fusionpasses.nn._checkpoint_files import Entry
 from fusionpasses.nn.checkpoint_reader import Checkpoint
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
@@ -58,7 +59,7 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     """Every name of a parameter or persistent buffer. The packed codes of an Mxfp4Linear go by the name ``weight``."""
     by_tensor: dict[int, Slot] = {}
     slots: dict[str, Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in _compiled.named_modules(model):
         tensors = {**module._parameters, **module._buffers}
         if isinstance(module, Mxfp4Linear):
             tensors["weight"] = tensors.pop("weight_packed")
@@ -81,7 +82,9 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, ignore: Sequence[str], d
     Raises:
         BadCheckpoint: naming every tensor that does not fit, up to a dozen.
     """
-    plan, slots, modules = Plan(), slots_of(model), dict(model.named_modules(remove_duplicate=False))
+    plan, slots = Plan(), slots_of(model)
+    modules: dict[str, Any] = dict(_compiled.named_modules(model))
+    called_by_wrappers = _compiled.wrapped_by_themselves(model)
     problems: list[str] = []
     unexpected: list[str] = []
     may_be_extra = _extra(model, ignore)
@@ -95,7 +98,7 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, ignore: Sequence[str], d
             problem = _misfit(entry, slot, module)
             plan.plain[name] = slot
         elif type(module) in (nn.Linear, Mxfp4Linear) and name.endswith("weight"):
-            problem = _linear_misfit(entry, slot, module)
+            problem = _linear_misfit(entry, slot, module, module in called_by_wrappers)
             plan.linears[name] = module
         elif getattr(module, "is_transposed", None) is not None and len(entry.shape) == 3:
             problem = _experts_misfit(entry, slot, module, dequantize_experts)
@@ -168,7 +171,7 @@ def _misfit(entry: Entry, slot: Slot, module: nn.Module) -> str | None:
     return None
 
 
-def _linear_misfit(entry: Entry, slot: Slot, module: Any) -> str | None:
+def _linear_misfit(entry: Entry, slot: Slot, module: Any, called_by_wrapper: bool) -> str | None:
     wanted = (module.out_features, module.in_features)
     if entry.shape != wanted:
         return f"{entry.tensor}: got values of shape {list(entry.shape)}, allowed {list(wanted)}, those of the linear"
@@ -176,6 +179,11 @@ def _linear_misfit(entry: Entry, slot: Slot, module: Any) -> str | None:
         return f"{entry.tensor}: got MXFP4 for tied weights ({_some(slot.names)}), allowed MXFP4 for one linear's own"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{entry.tensor}: got a linear with forward hooks, which the new module would lose; remove them first"
+    if called_by_wrapper:
+        return (
+            f"{entry.tensor}: got a linear that torch.compile was given by itself, and what it returned goes on to "
+            "call it; allowed: one whose parent was compiled, or none yet"
+        )
     return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fusionpasses.errors import BadCheckpoint, UnsupportedInput
 from fusionpasses.nn import _checkpoint_formats as formats
+from fusionpasses.nn import _compiled
 from fusionpasses.nn._checkpoint_plan import Plan, Slot, make_plan
 from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
@@ -87,7 +88,8 @@ def load_checkpoint(
 
     Args:
         model: built on the meta device (``with torch.device("meta"):``), or with data, which then stays in memory until
-            the checkpoint has been read. Its names are the checkpoint's. Tied weights need to be there once.
+            the checkpoint has been read; compiled or not. Its names are the checkpoint's. Tied weights need to be there
+            once.
         checkpoint: a path (see :func:`open_checkpoint`), or an opened checkpoint.
         act: "mxfp4" quantises the inputs of quantised linears, "none" does not; None: as the checkpoint says.
         scale_mode: for the inputs; None: as the checkpoint says.
@@ -111,6 +113,7 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
+    model = _compiled.unwrapped(model)
     if dtype is not None and dtype not in _mxfp4.INPUT_DTYPES:
         raise UnsupportedInput(f"dtype: got {dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}, or None")
     if device is not None and torch.device(device).type == "meta":
@@ -249,7 +252,7 @@ def _describe(summary: LoadSummary, model: nn.Module, checkpoint: Checkpoint, pl
         summary.dtypes[dtype] = summary.dtypes.get(dtype, 0) + 1
         first = next(name for name in slot.names if name in plan.plain)
         summary.tied.update({name: first for name in slot.names if name != first})
-    for name, module in model.named_modules():
+    for name, module in ((_compiled.plain(raw), module) for raw, module in model.named_modules()):
         if isinstance(module, Mxfp4Linear):
             summary.quantized.append(name)
         elif isinstance(module, nn.Linear):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fusionpasses.errors import BadCheckpoint, UnsupportedInput
 from fusionpasses.nn import _checkpoint_files as files
 from fusionpasses.nn import _checkpoint_formats as formats
+from fusionpasses.nn import _compiled
 from fusionpasses.nn._checkpoint_plan import slots_of
 from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint, scale_bytes
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
@@ -47,7 +48,8 @@ def save_checkpoint(
     is, listed in the configuration as excluded. At most one shard is in memory.
 
     Args:
-        source: a module, a :class:`Checkpoint` (to convert it), or names and tensors, as ``checkpoint.items()`` gives.
+        source: a module, compiled or not, a :class:`Checkpoint` (to convert it), or names and tensors, as
+            ``checkpoint.items()`` gives.
         path: a folder. What is written goes to a hidden folder, in it or, if there is none yet, beside it, and is
             renamed when it is complete and could be opened.
         format: "quark", "gpt_oss" or "compressed_tensors". GPT-OSS has expert parameters ``[E, N, K]`` only.
@@ -69,6 +71,8 @@ def save_checkpoint(
         raise UnsupportedInput(f"max_shard_bytes: got {max_shard_bytes!r}, allowed a positive number of bytes")
     if isinstance(source, str | bytes):
         raise UnsupportedInput(f"source: got {source!r}, allowed a module, a Checkpoint, or names and tensors")
+    if isinstance(source, nn.Module):
+        source = _compiled.unwrapped(source)
     found_act, found_mode, found_config = _settings_of(source, spelling)
     settings = formats.Settings(act or found_act, scale_mode or found_mode)
     formats.check_settings(spelling, settings)

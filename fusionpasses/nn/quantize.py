@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fusionpasses.errors import UnsupportedInput
+from fusionpasses.nn import _compiled
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear, check_act
 from fusionpasses.ops import _mxfp4
 
@@ -61,12 +62,12 @@ def quantize_mxfp4(
     """Replace the ``nn.Linear`` modules of ``model`` by :class:`Mxfp4Linear`, in place.
 
     Args:
-        model: any module that holds linears.
+        model: any module that holds linears, compiled or not.
         filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides, of a linear
             with several names for each of them. Without one, what released MXFP4 checkpoints keep in high precision is
             left: the output projection, routers, and the attention of GPT-OSS. What cannot be quantised without harm is
-            left in any case: a linear whose weight another module reads, that has hooks or a forward of its own, or
-            that holds more than a weight and a bias.
+            left in any case: a linear whose weight another module reads, that has hooks or a forward of its own, that
+            was compiled by itself, or that holds more than a weight and a bias.
         act: "mxfp4" quantises the inputs of these linears, too (W4A4); "none" does not (weight-only).
         scale_mode: "even", "floor", "rceil" or "ceil".
 
@@ -83,6 +84,7 @@ def quantize_mxfp4(
         raise UnsupportedInput(f"model: got {type(model).__name__}, allowed a torch.nn.Module")
     if filter is not None and not callable(filter):
         raise UnsupportedInput(f"filter: got {filter!r}, allowed a function of (name, module) that returns a bool")
+    returned, model = model, _compiled.unwrapped(model)
     if isinstance(model, nn.Linear):
         raise UnsupportedInput(
             "model: got an nn.Linear, which cannot be replaced in place; allowed: a module that holds linears. Use "
@@ -90,6 +92,7 @@ def quantize_mxfp4(
         )
     summary = QuantizeSummary()
     keep = _kept_by_default(model) if filter is None else None
+    called_by_wrappers = _compiled.wrapped_by_themselves(model)
     replacements: dict[nn.Module, Mxfp4Linear] = {}
     names: dict[Any, list[str]] = {}  # linears are not told from other modules by their type
     for name, module in model.named_modules(remove_duplicate=False):
@@ -99,14 +102,16 @@ def quantize_mxfp4(
         reason = _not_quantizable(module)
         if reason is None:
             reason = _read_by_parent(model, name)
+        if reason is None and module in called_by_wrappers:
+            return "torch.compile was given it by itself, and what it returned goes on to call it"
         if reason is None and keep is not None:
-            return keep(name, module)
-        if reason is None and filter is not None and not filter(name, module):
+            return keep(_compiled.plain(name), module)
+        if reason is None and filter is not None and not filter(_compiled.plain(name), module):
             return "the filter said no"
         return reason
 
     for module, known_as in names.items():
-        name = known_as[0]
+        name = _compiled.plain(known_as[0])
         # Under all its names: a projection that is the output, too, is the output.
         reason = next((reason for each in known_as if (reason := reason_of(each, module)) is not None), None)
         if reason is not None:
@@ -128,7 +133,7 @@ def quantize_mxfp4(
     else:
         log.info("%s", summary)
     _last = summary
-    return model
+    return returned
 
 
 def _not_quantizable(module: nn.Module) -> str | None:
