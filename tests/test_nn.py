@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import fusionpasses as fp
+from fusionpasses.nn import _compiled
 from fusionpasses.ops import _mxfp4
 
 ours = torch.ops.fusionpasses
@@ -190,6 +191,7 @@ def test_compiled_modules() -> None:
     assert torch.equal(alone(x), alone[1](alone[0]._orig_mod(x)))
     with pytest.raises(fp.UnsupportedInput, match=r"got an nn\.Linear"):
         fp.quantize_mxfp4(torch.compile(nn.Linear(64, 64), backend="eager"))
+    assert _compiled.unwrapped(torch.compile(empty := nn.Sequential(), backend="eager")) is empty
 
 
 def test_what_a_new_module_would_lose_is_left():

@@ -12,7 +12,8 @@ _WRAPPED = "_orig_mod"
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that was compiled, or ``model``."""
-    return model._modules.get(_WRAPPED) or model
+    inner = model._modules.get(_WRAPPED)  # which may be empty, and then false
+    return model if inner is None else inner
 
 
 def plain(name: str) -> str:
