@@ -875,6 +875,55 @@ def test_activations_are_those_of_the_configuration(spelling, tmp_path):
     assert fp.load_checkpoint(on_meta(Small), wider, act="mxfp4").act == "mxfp4"
 
 
+FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
+EIGHT = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "change", "said"),
+    [
+        (
+            "quark",
+            {"layer_quant_config": {"*k_proj": {"weight": None, "output_tensors": FP8}}},
+            "layer_quant_config['*k_proj'].output_tensors (fp8_e4m3)",
+        ),
+        (
+            "quark",
+            {"kv_cache_quant_config": {"*v_proj": {"output_tensors": FP8}}},
+            "kv_cache_quant_config['*v_proj'].output_tensors (fp8_e4m3)",
+        ),
+        ("quark", {"kv_cache_quant_config": {"*v_proj": {"output_tensors": None}}}, None),
+        ("quark", {"kv_cache_quant_config": None}, None),
+        ("quark", {"softmax_quant_spec": FP8}, "softmax_quant_spec (fp8_e4m3)"),
+        ("compressed_tensors", {"kv_cache_scheme": EIGHT}, "kv_cache_scheme (float8)"),
+        ("compressed_tensors", {"kv_cache_scheme": None}, None),
+        (
+            "compressed_tensors",
+            {
+                "config_groups": {
+                    "g": CONFIGS["compressed_tensors"]["config_groups"]["group_0"] | {"output_activations": EIGHT}
+                }
+            },
+            "config_groups.g.output_activations (float8)",
+        ),
+    ],
+)
+def test_outputs_that_the_configuration_wants_quantised_are_said(spelling, change, said, tmp_path, caplog):
+    """So a cache in fp8 is spelled; the weights are good without."""
+    folder = write(tmp_path, raw(spelling), CONFIGS[spelling] | change)
+    summary = fp.load_checkpoint(on_meta(Small), folder, progress=False)
+    assert summary.outputs == ([said] if said else [])
+    assert (f"not quantised, though the configuration wants it: {said}" in str(summary)) == bool(said)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [w.endswith(f"outputs are left as they are, though its configuration has {said}") for w in warnings] == [
+        True
+    ] * bool(said)
+    caplog.clear()
+    fp.save_checkpoint(fp.open_checkpoint(folder), tmp_path / "other", format=spelling)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [w.endswith(f"its entries for outputs are not written: {said}") for w in warnings] == [True] * bool(said)
+
+
 def test_the_scale_mode_is_that_of_the_configuration(tmp_path):
     config = json.loads(json.dumps(CONFIGS["quark"]))
     config["global_quant_config"]["input_tensors"]["scale_calculation_mode"] = "floor"

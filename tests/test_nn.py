@@ -123,6 +123,18 @@ def test_a_router_below_its_name_is_a_router():
     assert isinstance(model.gated, fp.Mxfp4Linear)
 
 
+def test_adapters_are_left() -> None:
+    """As peft names them; what they adapt is quantised."""
+    adapted = Holder(
+        base_layer=nn.Linear(64, 64),
+        lora_A=nn.ModuleDict({"default": nn.Linear(64, 32, bias=False)}),
+        lora_B=nn.ModuleDict({"default": nn.Linear(32, 64, bias=False)}),
+    )
+    model = Holder(q_proj=adapted, lora_Alpha=nn.Linear(64, 64))
+    assert left_of(model) == {f"q_proj.lora_{half}.default": "a LoRA adapter" for half in "AB"}
+    assert fp.last_quantization().quantized == ["q_proj.base_layer", "lora_Alpha"]
+
+
 def test_an_output_is_one_under_any_of_its_names_and_where_it_is_the_embedding():
     embedding, tied, proj = nn.Embedding(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
     tied.weight = embedding.weight

@@ -39,11 +39,13 @@ class Settings:
         act: "mxfp4" if inputs are quantised to MXFP4 on the fly, "none" if they are not, else what was found.
         scale_mode: the rule for the scales of activations.
         excluded: patterns of modules that were not quantised, in the format's own spelling.
+        outputs: entries that want outputs quantised, those of k_proj and v_proj for example, for a cache in fp8.
     """
 
     act: str
     scale_mode: str = "even"
     excluded: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,15 @@ def _one_of_all(what: str, values: Sequence[str]) -> str:
     )
 
 
+def _outputs(specs: Mapping[str, object], *kind: str) -> tuple[str, ...]:
+    """The entries that are there, with what they say of these keys."""
+    found = {where: spec for where, spec in specs.items() if spec is not None}
+    return tuple(
+        f"{where} ({''.join(str(spec.get(key, '')) for key in kind) if isinstance(spec, Mapping) else spec})"
+        for where, spec in found.items()
+    )
+
+
 # Quark
 
 
@@ -175,7 +186,18 @@ def _read_quark(config: Mapping[str, Any]) -> Settings:
                 f"quantization_config.algo_config: got {online[0]}={algorithm[online[0]]!r}, allowed rotations that "
                 "are merged into the weights; a linear of this checkpoint would need its inputs rotated"
             )
-    return Settings(_one_of_all("inputs", acts), _one_of_all("scale modes", modes), _patterns(config, "exclude"))
+    layers |= {f"kv_cache_quant_config[{k!r}]": v for k, v in _section(config, "kv_cache_quant_config").items()}
+    outputs = {
+        f"{where}.output_tensors": layer.get("output_tensors")
+        for where, layer in layers.items()
+        if isinstance(layer, Mapping)
+    } | {"softmax_quant_spec": config.get("softmax_quant_spec")}
+    return Settings(
+        _one_of_all("inputs", acts),
+        _one_of_all("scale modes", modes),
+        _patterns(config, "exclude"),
+        _outputs(outputs, "dtype"),
+    )
 
 
 def _write_quark(settings: Settings) -> dict[str, Any]:
@@ -283,7 +305,13 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Settings:
         raise BadCheckpoint(
             f"quantization_config.format: got {', '.join(found)}, allowed {_CT_FORMAT!r}; this checkpoint is not MXFP4"
         )
-    return Settings(_one_of_all("inputs", acts), "even", _patterns(config, "ignore"))
+    outputs = {
+        f"config_groups.{name}.output_activations": group.get("output_activations")
+        for name, group in _section(config, "config_groups").items()
+    } | {"kv_cache_scheme": config.get("kv_cache_scheme")}
+    return Settings(
+        _one_of_all("inputs", acts), "even", _patterns(config, "ignore"), _outputs(outputs, "type", "num_bits")
+    )
 
 
 def _write_compressed_tensors(settings: Settings) -> dict[str, Any]:

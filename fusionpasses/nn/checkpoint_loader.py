@@ -39,6 +39,7 @@ class LoadSummary:
         computed: buffers that no checkpoint has, computed by the model.
         ignored: tensors of the checkpoint that the model does not have.
         dtypes: how many tensors that are not MXFP4 have each dtype.
+        outputs: entries of the configuration that want outputs quantised, for a cache in fp8 for example. They are not.
     """
 
     format: str
@@ -51,6 +52,7 @@ class LoadSummary:
     computed: list[str] = dataclasses.field(default_factory=list)
     ignored: list[str] = dataclasses.field(default_factory=list)
     dtypes: dict[torch.dtype, int] = dataclasses.field(default_factory=dict)
+    outputs: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         others = ", ".join(f"{count} of {dtype}" for dtype, count in self.dtypes.items())
@@ -67,6 +69,7 @@ class LoadSummary:
             ("unpacked", self.dequantized),
             ("computed by the model", self.computed),
             ("in the checkpoint but not in the model", self.ignored),
+            ("not quantised, though the configuration wants it", self.outputs),
         ):
             lines += [f"  {what}: {', '.join(names)}"] if names else []
         return "\n".join(lines)
@@ -168,6 +171,12 @@ def load_checkpoint(
     if device is not None:
         model.to(where)  # buffers that were computed elsewhere
     _describe(summary, model, checkpoint, plan)
+    if summary.outputs:
+        log.warning(
+            "%s: outputs are left as they are, though its configuration has %s",
+            checkpoint.path,
+            ", ".join(summary.outputs),
+        )
     log.info("%s", summary)
     return summary
 
@@ -246,6 +255,7 @@ def _unpacked(weight: Mxfp4Weight, dtype: torch.dtype, transposed: bool) -> Tens
 
 
 def _describe(summary: LoadSummary, model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> None:
+    summary.outputs = list(checkpoint.outputs)
     summary.dequantized, summary.ignored, summary.computed = list(plan.experts), plan.ignored, list(plan.computed)
     for slot in dict.fromkeys(plan.plain.values()):
         dtype = getattr(*slot.holders[0]).dtype

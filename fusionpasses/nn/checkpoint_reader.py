@@ -70,6 +70,7 @@ class Checkpoint:
             was found, in words. Without a configuration: "mxfp4", and "none" for GPT-OSS.
         scale_mode: the rule for the scales of activations ("even" where the configuration says nothing).
         excluded: patterns of modules that were left in high precision, in the format's spelling.
+        outputs: entries of the configuration that want outputs quantised, and to what. Nothing here does that.
         config: config.json, or {}.
         entries: name to :class:`Entry`, in the order of the files.
     """
@@ -83,7 +84,8 @@ class Checkpoint:
         entries: Mapping[str, files.Entry],
     ) -> None:
         self.path, self.format, self.config, self.entries = path, spelling.name, config, entries
-        self.act, self.scale_mode, self.excluded = settings.act, settings.scale_mode, settings.excluded
+        self.act, self.scale_mode = settings.act, settings.scale_mode
+        self.excluded, self.outputs = settings.excluded, settings.outputs
         self._spelling, self._settings = spelling, settings
 
     def __iter__(self) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -28,6 +29,7 @@ from fusionpasses.ops import _mxfp4
 
 Tensors = Mapping[str, "Tensor | Mxfp4Weight"] | Iterable[tuple[str, "Tensor | Mxfp4Weight"]]
 
+log = logging.getLogger(__name__)
 _PLAIN = (*_mxfp4.INPUT_DTYPES, torch.float64, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -67,6 +69,8 @@ def save_checkpoint(
             not changed.
     """
     spelling, path = formats.check_format(format), pathlib.Path(path)
+    if isinstance(source, Checkpoint) and source.outputs:
+        log.warning("%s: its entries for outputs are not written: %s", source.path, ", ".join(source.outputs))
     if not isinstance(max_shard_bytes, int) or max_shard_bytes <= 0:
         raise UnsupportedInput(f"max_shard_bytes: got {max_shard_bytes!r}, allowed a positive number of bytes")
     if isinstance(source, str | bytes):

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _OUTPUTS = ("lm_head", "embed_out")
 #: Any part of the name of a router.
 _ROUTERS = ("router", "gate", "shared_expert_gate")
+#: The halves of an adapter in peft's modules.
+_ADAPTERS = ("lora_A", "lora_B")
 #: Model types whose released checkpoint leaves attention in high precision.
 _ATTENTION_KEPT = ("gpt_oss",)
 
@@ -65,9 +67,9 @@ def quantize_mxfp4(
         model: any module that holds linears, compiled or not.
         filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides, of a linear
             with several names for each of them. Without one, what released MXFP4 checkpoints keep in high precision is
-            left: the output projection, routers, and the attention of GPT-OSS. What cannot be quantised without harm is
-            left in any case: a linear whose weight another module reads, that has hooks or a forward of its own, that
-            was compiled by itself, or that holds more than a weight and a bias.
+            left: the output projection, routers, and the attention of GPT-OSS; and LoRA adapters. What cannot be
+            quantised without harm is left in any case: a linear whose weight another module reads, that has hooks or a
+            forward of its own, that was compiled by itself, or that holds more than a weight and a bias.
         act: "mxfp4" quantises the inputs of these linears, too (W4A4); "none" does not (weight-only).
         scale_mode: "even", "floor", "rceil" or "ceil".
 
@@ -190,6 +192,8 @@ def _kept_by_default(model: nn.Module) -> Callable[[str, nn.Module], str | None]
 
     def keep(name: str, module: nn.Module) -> str | None:
         parts = name.split(".")
+        if any(part in _ADAPTERS for part in parts):
+            return "a LoRA adapter, which is there to be trained"
         what = None
         if module in outputs or parts[-1] in _OUTPUTS or module.weight in embeddings:
             what = "the output projection"
