@@ -205,6 +205,15 @@ def test_a_kernel_waits_before_it_lets_the_next_one_start():
     assert codegen.starts_too_early(let)
 
 
+def test_a_descriptor_of_two_registers_starts_at_an_even_one():
+    odd = "LDGSTS.E.BYPASS.LTC128B.128 [R9], desc[UR13][R2.64], !PT ;"
+    assert codegen.odd_descriptor(SASS + f"        /*00e0*/  {odd}  /* 0x0 */\n").endswith(odd.removesuffix(" ;"))
+    assert "gdesc[UR9]" in codegen.odd_descriptor("        HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR9], R24 ;\n")
+    # Twins: even ones, and the one register that says what tcgen05.mma does.
+    mma = "UTCOMMA gdesc[UR8], gdesc[UR10], tmem[UR19], tmem[UR6], idesc[UR7], tmem[UR22], UP0 ;"
+    assert not codegen.odd_descriptor(SASS + f"        /*1a40*/  {mma}\n")
+
+
 def test_spills_are_read_from_the_code_object():
     counts = ".sgpr_spill_count: 2\n.vgpr_spill_count: 3\n.private_segment_fixed_size: 20\n"
     assert codegen.gcn_spilled(counts) == 28

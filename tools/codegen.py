@@ -199,10 +199,19 @@ def disassembled(cubin: bytes) -> tuple[str, int]:
     sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", text)
     if not sizes:
         raise RuntimeError(f"cuobjdump gave no resource usage: {text[:1000]}")
-    # ptxas 12.8 writes such where a copy to shared memory has a cache policy and an offset in a uniform register.
-    if odd := re.search(r".*desc\[UR\d*[13579]\].*", text):
-        raise RuntimeError(f"a descriptor is two registers, from an even one on; the GPU refuses {odd[0].strip()}")
+    if odd := odd_descriptor(text):
+        raise RuntimeError(f"a descriptor is two registers, from an even one on; the GPU refuses {odd}")
     return text, max(map(int, sizes))
+
+
+def odd_descriptor(sass: str) -> str:
+    """The first instruction whose descriptor of memory or a matrix starts at an odd uniform register, or nothing.
+
+    ptxas 12.8 writes such where a copy to shared memory has a cache policy and an offset in a uniform register. The
+    descriptor of an instruction (`idesc`, of tcgen05.mma) is one register, odd or even.
+    """
+    found = re.search(r"\S.*\bg?desc\[UR\d*[13579]\].*?(?=\s*;|$)", sass, re.M)
+    return found[0] if found else ""
 
 
 def starts_too_early(sass: str) -> bool:
