@@ -175,9 +175,10 @@ def test_import_is_light():
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "import time; start = time.perf_counter()\n"
+        # Of the processor: what runs beside the tests is not what is measured.
+        "import time; start = time.process_time()\n"
         "import fusionpasses\n"
-        "took = time.perf_counter() - start\n"
+        "took = time.process_time() - start\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
         "assert not any(m.startswith('torch._inductor') for m in set(sys.modules) - before)\n"
         "assert not new & {'triton', 'aiter', 'depyf', 'transformers', 'numpy', 'pytest'}, new\n"
