@@ -4,6 +4,7 @@ import collections
 import copy
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -609,7 +610,7 @@ def test_a_compiled_model_is_written_and_filled_as_the_model_in_it(part, tmp_pat
     empty = compiled(nn.Sequential(collections.OrderedDict(inner=Small(), outer=nn.Linear(8, 8))))
     before = empty(tokens)
     if part == "up":  # it would go on to call the linear that it was made for
-        with pytest.raises(fp.BadCheckpoint, match=r"'inner\.up\.weight'.*given by itself.*parent was compiled"):
+        with pytest.raises(fp.BadCheckpoint, match=r"'inner\.up\.weight'.*given it by itself, and what"):
             fp.load_checkpoint(empty, tmp_path / "plain", progress=False)
         assert torch.equal(empty(tokens), before)
         return
@@ -837,12 +838,199 @@ def test_hooks_and_subclasses_are_not_lost(tmp_path):
     path = write(tmp_path / "c", raw("quark"), CONFIGS["quark"])
     model = Small()
     hook = model.up.register_forward_hook(lambda *_: None)
-    with pytest.raises(fp.BadCheckpoint, match=r"'up.weight' .*got a linear with forward hooks"):
+    with pytest.raises(fp.BadCheckpoint, match=r"'up.weight' .*linear that has to stay: it has forward hooks"):
         fp.load_checkpoint(model, path)
     hook.remove()
     model.up = nn.modules.linear.NonDynamicallyQuantizableLinear(64, 96, bias=False)
     with pytest.raises(fp.BadCheckpoint, match=r"'up.weight' .*parameter of NonDynamicallyQuantizableLinear"):
         fp.load_checkpoint(model, path)
+
+
+def _doubled(linear):
+    plain = linear.forward
+    linear.forward = lambda x: 2 * plain(x)
+
+
+class ReadsItsWeight(Small):
+    def forward(self, x):
+        return super().forward(x.to(self.up.weight.dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_doubled, "its forward was replaced"),
+        (
+            lambda linear: linear.register_buffer("extra", torch.ones(1), persistent=False),
+            "it has more than a weight and a bias",
+        ),
+        (lambda linear: linear.add_module("lora", nn.Identity()), "it has more than a weight and a bias"),
+        (lambda linear: linear.register_forward_pre_hook(lambda *_: None), "it has forward hooks"),
+    ],
+)
+def test_what_a_new_linear_would_lose_is_not_lost(tmp_path, change, why, packed):
+    path = write(tmp_path / "c", raw("quark"), CONFIGS["quark"])
+    model = Small()
+    if packed:
+        fp.quantize_mxfp4(model, lambda name, module: name == "up")
+    change(model.up)
+    before = snapshot(model)
+    with pytest.raises(fp.BadCheckpoint, match=rf"'up.weight' .*got MXFP4 for a linear that has to stay: {why}"):
+        fp.load_checkpoint(model, path)
+    assert unchanged(model, before)
+
+
+def test_a_weight_that_the_model_reads_itself_is_not_taken_from_it(tmp_path):
+    path = write(tmp_path / "c", raw("quark"), CONFIGS["quark"])
+    with pytest.raises(fp.BadCheckpoint, match=r"'up.weight' .*has to stay: ReadsItsWeight reads its weight"):
+        fp.load_checkpoint(ReadsItsWeight(), path)
+    fp.load_checkpoint(Small(), path)
+
+
+def test_a_prepared_model_is_prepared_after_a_load(tmp_path):
+    path = write(tmp_path / "c", raw("quark"), CONFIGS["quark"])
+    model, other = Small(), Small()
+    fp.quantize_mxfp4(model, lambda name, module: name == "up")
+    model.up.prepare()
+    fp.load_checkpoint(model, path)
+    fp.load_checkpoint(other, path)
+    assert (model.up.layout, other.up.layout) == ("tiles", "linear")
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def test_what_a_dtype_does_not_hold_is_refused(tmp_path):
+    model = Small()
+    model.head.weight.data[0, 0] = 1e5
+    fp.quantize_mxfp4(model, lambda name, module: name != "head")
+    fp.save_checkpoint(model, tmp_path / "c", format="quark")
+    other = Small()
+    before = snapshot(other)
+    with pytest.raises(fp.BadCheckpoint, match=r"got values up to 1e\+05, allowed up to 6.55e\+04 in torch.float16"):
+        fp.load_checkpoint(other, tmp_path / "c", dtype=torch.float16)
+    assert unchanged(other, before)
+    fp.load_checkpoint(other, tmp_path / "c", dtype=torch.bfloat16)
+
+
+def test_a_bias_that_the_layer_cannot_add_is_refused_by_name(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32))
+    fp.quantize_mxfp4(model)
+    fp.save_checkpoint(model, tmp_path / "c", format="quark")
+    (weights,) = (tmp_path / "c").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(tensors | {"0.bias": tensors["0.bias"].double()}, weights, metadata={"format": "pt"})
+    with pytest.raises(fp.BadCheckpoint, match=r"'0.weight' .*bias: got torch.float64, allowed torch.bfloat16"):
+        fp.load_checkpoint(nn.Sequential(nn.Linear(64, 32)), tmp_path / "c")
+
+
+def test_a_module_without_a_shape_is_named(tmp_path):
+    fp.save_checkpoint(Small(), tmp_path / "c", format="quark")
+    model = Small()
+    model.head = nn.LazyLinear(model.head.out_features, bias=False)
+    with pytest.raises(fp.BadCheckpoint, match=r"'head.weight' .*got a LazyLinear that has no shape yet"):
+        fp.load_checkpoint(model, tmp_path / "c")
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
+def test_files_that_changed_since_they_were_opened_are_refused(tmp_path, changed):
+    path = write(tmp_path / "c", raw("quark"), CONFIGS["quark"])
+    opened = fp.open_checkpoint(path)
+    list(opened.items())
+    os.utime(path / changed, ns=(1, 1))
+    model = Small()
+    before = snapshot(model)
+    with pytest.raises(fp.BadCheckpoint, match=rf"{changed}: got a file that was changed after .*open it again"):
+        fp.load_checkpoint(model, opened)
+    assert unchanged(model, before)
+    fp.load_checkpoint(model, fp.open_checkpoint(path))
+
+
+def test_static_scales_of_a_cache_are_left_with_what_they_are_for(tmp_path):
+    tensors = raw("quark") | {"up.output_scale": torch.ones(()), "attn.k_scale": torch.ones(())}
+    config = copy.deepcopy(CONFIGS["quark"])
+    path = write(tmp_path / "without", tensors, config)
+    with pytest.raises(
+        fp.BadCheckpoint, match=r"'attn.k_scale', 'up.output_scale': got tensors that the model does not"
+    ):
+        fp.load_checkpoint(Small(), path)
+    config["kv_cache_quant_config"] = {"*up": {"output_tensors": {"dtype": "fp8_e4m3"}}}
+    summary = fp.load_checkpoint(Small(), write(tmp_path / "with", tensors, config))
+    assert summary.ignored == ["attn.k_scale", "up.output_scale"]
+    assert summary.outputs
+
+
+def test_a_configuration_of_a_part_is_written_for_all(tmp_path):
+    fp.save_checkpoint(fp.quantize_mxfp4(Small()), tmp_path / "c", format="quark", config={"model_type": "x"})
+    config = config_of(tmp_path / "c")
+    config["text_config"] = {"layers": 1, "quantization_config": config.pop("quantization_config")}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    for form in ("quark", "compressed_tensors"):
+        fp.save_checkpoint(fp.open_checkpoint(tmp_path / "c"), tmp_path / form, format=form)
+        assert config_of(tmp_path / form)["text_config"] == {"layers": 1}
+        assert fp.open_checkpoint(tmp_path / form).format == form
+
+
+class HasExtraState(Small):
+    def get_extra_state(self):
+        return {"step": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_that_is_not_written_is_said(tmp_path, caplog):
+    fp.save_checkpoint(HasExtraState(), tmp_path / "c", format="quark")
+    assert "extra state is not written, because checkpoints hold tensors only: HasExtraState" in caplog.text
+    caplog.clear()
+    fp.save_checkpoint(Small(), tmp_path / "d", format="quark")
+    assert "extra state" not in caplog.text
+
+
+def test_a_buffer_that_is_another_one_too_is_filled_with_it(tmp_path):
+    def model():
+        made = nn.Module()
+        made.register_buffer("kept", torch.randn(3))
+        made.register_buffer("also", made.kept, persistent=False)
+        made.linear = nn.Linear(64, 32)
+        return fp.quantize_mxfp4(made)
+
+    source, other = model(), model()
+    fp.save_checkpoint(source, tmp_path / "c", format="quark")
+    fp.load_checkpoint(other, tmp_path / "c")
+    assert torch.equal(other.also, source.kept)
+
+
+def test_a_configuration_without_groups_is_said_to_have_none(tmp_path):
+    fp.save_checkpoint(fp.quantize_mxfp4(Small()), tmp_path, format="compressed_tensors")
+    config = config_of(tmp_path)
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    outputs = {"weights": None, "output_activations": {"type": "float", "num_bits": 8}, "targets": ["re:.*k_proj"]}
+    config["quantization_config"]["config_groups"] = {"group_0": group, "group_1": outputs}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened = fp.open_checkpoint(tmp_path)
+    assert opened.act == "mxfp4"
+    assert opened.outputs
+    for groups in ({}, [], {"group_1": outputs}):
+        config["quantization_config"]["config_groups"] = groups
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(fp.BadCheckpoint, match="config_groups: got no group that quantises weights, allowed one"):
+            fp.open_checkpoint(tmp_path)
+
+
+def test_names_of_any_script_and_length_are_written(tmp_path):
+    path = tmp_path / ("模" * 80)
+    fp.save_checkpoint(Small(), path, format="quark", config={"name": "été"})
+    (path / "config.json").write_text(json.dumps(config_of(path), ensure_ascii=False), "utf-8")
+    code = "import sys, fusionpasses as fp; print(ascii(fp.open_checkpoint(sys.argv[1]).config['name']))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, "."], cwd=path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ascii("été"), done.stderr
+
+
+def test_an_index_of_nothing_is_damaged(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(fp.BadCheckpoint, match="got a weight_map without a tensor"):
+        fp.open_checkpoint(tmp_path)
 
 
 def test_a_weight_that_is_not_packed_does_not_fit_an_mxfp4_linear(tmp_path):
@@ -1142,7 +1330,10 @@ def test_what_is_written_is_read(tmp_path_factory, checkpoint, max_shard_bytes, 
     spelling, tensors = checkpoint
     path = tmp_path_factory.mktemp("c") / "new" / "checkpoint"
     source = iter(tensors.items()) if as_pairs else tensors
-    fp.save_checkpoint(source, path, format=spelling, max_shard_bytes=max_shard_bytes, config={"model_type": "x"})
+    act = "none" if spelling == "gpt_oss" else "mxfp4"
+    fp.save_checkpoint(
+        source, path, format=spelling, act=act, max_shard_bytes=max_shard_bytes, config={"model_type": "x"}
+    )
     opened = fp.open_checkpoint(path)
     assert opened.format == spelling
     assert opened.config["model_type"] == "x"
@@ -1196,17 +1387,17 @@ def test_existing_checkpoints_are_kept_unless_told_otherwise(tmp_path):
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     tensors = {"a.weight": Mxfp4Weight(codes(4, 16), scales(4, 1))}
     with pytest.raises(fp.BadCheckpoint, match=r"got model.safetensors.index.json in it.*overwrite=True replaces it"):
-        fp.save_checkpoint(tensors, path, format="quark")
+        fp.save_checkpoint(tensors, path, format="quark", act="mxfp4")
 
     def fails():
         yield "a.weight", tensors["a.weight"]
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        fp.save_checkpoint(fails(), path, format="quark", overwrite=True)
+        fp.save_checkpoint(fails(), path, format="quark", act="mxfp4", overwrite=True)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     assert not list(tmp_path.glob(".*"))
-    fp.save_checkpoint(tensors, path, format="quark", overwrite=True)
+    fp.save_checkpoint(tensors, path, format="quark", act="mxfp4", overwrite=True)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
     assert not list(tmp_path.glob(".*"))
     assert list(fp.open_checkpoint(path)) == ["a.weight"]
@@ -1216,7 +1407,7 @@ def test_existing_checkpoints_are_kept_unless_told_otherwise(tmp_path):
 def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, monkeypatch, sharded):
     path = tmp_path / "model"
     old = {f"{name}.weight": Mxfp4Weight(codes(4, 16), scales(4, 1)) for name in "ab"}
-    fp.save_checkpoint(old, path, format="quark", max_shard_bytes=40 if sharded else 10**9)
+    fp.save_checkpoint(old, path, format="quark", act="mxfp4", max_shard_bytes=40 if sharded else 10**9)
     (path / "tokenizer.json").write_text("{}")
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     assert ("model.safetensors" in before) is not sharded
@@ -1234,7 +1425,7 @@ def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, mo
     for stop in range(1, 2 * len(before)):
         left[0] = stop
         try:
-            fp.save_checkpoint(TENSORS, path, format="quark", overwrite=True)
+            fp.save_checkpoint(TENSORS, path, format="quark", act="mxfp4", overwrite=True)
         except OSError:
             assert {p.name: p.read_bytes() for p in path.iterdir()} == before
             assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -1247,7 +1438,7 @@ def test_an_error_while_files_are_replaced_brings_the_old_ones_back(tmp_path, mo
 def test_an_interrupt_after_a_file_was_placed_brings_the_old_ones_back(tmp_path, monkeypatch):
     path = tmp_path / "model"
     fp.save_checkpoint(
-        {f"{name}.weight": TENSORS["a.weight"] for name in "ab"}, path, format="quark", max_shard_bytes=40
+        {f"{name}.weight": TENSORS["a.weight"] for name in "ab"}, path, format="quark", act="none", max_shard_bytes=40
     )
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     rename = pathlib.Path.rename
@@ -1259,7 +1450,7 @@ def test_an_interrupt_after_a_file_was_placed_brings_the_old_ones_back(tmp_path,
 
     monkeypatch.setattr(pathlib.Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fp.save_checkpoint(TENSORS, path, format="quark", overwrite=True)
+        fp.save_checkpoint(TENSORS, path, format="quark", act="mxfp4", overwrite=True)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
@@ -1268,10 +1459,10 @@ def test_files_are_replaced_only_if_told_so(tmp_path, name):
     (tmp_path / name).write_text("{}")
     big = {f"{n}.weight": TENSORS["a.weight"] for n in "ab"}
     with pytest.raises(fp.BadCheckpoint, match=f"got {name} in it.*overwrite=True"):
-        fp.save_checkpoint(big, tmp_path, format="quark", max_shard_bytes=40)
+        fp.save_checkpoint(big, tmp_path, format="quark", act="mxfp4", max_shard_bytes=40)
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "{}"
-    fp.save_checkpoint(big, tmp_path, format="quark", max_shard_bytes=40, overwrite=True)
+    fp.save_checkpoint(big, tmp_path, format="quark", act="mxfp4", max_shard_bytes=40, overwrite=True)
     assert len(fp.open_checkpoint(tmp_path)) == 2
 
 
@@ -1280,19 +1471,20 @@ def test_a_checkpoint_that_came_meanwhile_is_not_replaced(tmp_path):
 
     def meanwhile():
         yield "a.weight", TENSORS["a.weight"]
-        fp.save_checkpoint({"theirs.weight": TENSORS["a.weight"]}, path, format="quark")
+        fp.save_checkpoint({"theirs.weight": TENSORS["a.weight"]}, path, format="quark", act="mxfp4")
 
     with pytest.raises(fp.BadCheckpoint, match=r"got model.safetensors in it"):
-        fp.save_checkpoint(meanwhile(), path, format="quark")
+        fp.save_checkpoint(meanwhile(), path, format="quark", act="mxfp4")
     assert list(fp.open_checkpoint(path)) == ["theirs.weight"]
     assert not list(tmp_path.glob(".*"))
-    fp.save_checkpoint(meanwhile_too(path), path, format="quark", overwrite=True)
+    fp.save_checkpoint(meanwhile_too(path), path, format="quark", act="mxfp4", overwrite=True)
     assert list(fp.open_checkpoint(path)) == ["a.weight"]
 
 
 def meanwhile_too(path):
     yield "a.weight", TENSORS["a.weight"]
-    fp.save_checkpoint({"theirs.weight": TENSORS["a.weight"]}, path, format="compressed_tensors", overwrite=True)
+    theirs = {"theirs.weight": TENSORS["a.weight"]}
+    fp.save_checkpoint(theirs, path, format="compressed_tensors", act="none", overwrite=True)
 
 
 WRITER = """
@@ -1306,14 +1498,15 @@ while not (folder / "go").exists():
     pass
 for _ in range(40):
     fp.save_checkpoint(
-        {f"{tag}{i}.weight": weight for i in range(3)}, path, format=format, max_shard_bytes=int(shard), overwrite=True
+        {f"{tag}{i}.weight": weight for i in range(3)}, path, format=format, act="none", max_shard_bytes=int(shard),
+        overwrite=True,
     )
 """
 
 
 def test_two_processes_that_write_at_once_leave_one_whole_checkpoint(tmp_path):
     path = tmp_path / "model"
-    fp.save_checkpoint(TENSORS, path, format="quark")
+    fp.save_checkpoint(TENSORS, path, format="quark", act="mxfp4")
     arguments = (("a", "quark", "1000000"), ("b", "compressed_tensors", "80"))
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(path), *given], stderr=subprocess.PIPE, text=True)
@@ -1343,18 +1536,18 @@ def test_a_folder_behind_a_link_and_a_damaged_index_can_be_written_to(tmp_path):
         '{"weight_map": {"a": "tokenizer.json", "b": "..", "c": 3}}',
     ):
         (elsewhere / "model.safetensors.index.json").write_text(index)
-        fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark", overwrite=True)
+        fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark", act="mxfp4", overwrite=True)
         names = {p.name for p in elsewhere.iterdir()}
         assert names == {"model.safetensors", "config.json", "tokenizer.json", "sub"}
     assert (tmp_path / "model").is_symlink()
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(fp.UnsupportedInput, match="allowed a folder"):
-        fp.save_checkpoint(TENSORS, tmp_path / "nowhere", format="quark")
+        fp.save_checkpoint(TENSORS, tmp_path / "nowhere", format="quark", act="mxfp4")
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/outside.safetensors", "tokenizer.json", ""])
 def test_an_index_names_files_of_its_folder_only(tmp_path, file):
-    fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark")
+    fp.save_checkpoint(TENSORS, tmp_path / "model", format="quark", act="mxfp4")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"a.weight": file, "a.weight_scale": file}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -1387,7 +1580,7 @@ def test_the_configuration_of_a_part_of_the_model_is_read(tmp_path):
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_damaged(tmp_path, form, change):
-    fp.save_checkpoint(TENSORS, tmp_path, format=form)
+    fp.save_checkpoint(TENSORS, tmp_path, format=form, act="mxfp4")
     config = config_of(tmp_path)
     config["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -1396,13 +1589,13 @@ def test_a_configuration_that_cannot_be_read_is_damaged(tmp_path, form, change):
 
 
 def test_arguments_of_another_kind_are_refused(tmp_path):
-    fp.save_checkpoint(TENSORS, tmp_path, format="quark")
+    fp.save_checkpoint(TENSORS, tmp_path, format="quark", act="mxfp4")
     with pytest.raises(fp.BadCheckpoint, match="'x': got no such tensor"):
         list(fp.open_checkpoint(tmp_path).items(["x"]))
     with pytest.raises(fp.UnsupportedInput, match=r"checkpoint: got str, allowed a Checkpoint; open_checkpoint"):
         fp.Mxfp4Linear.from_checkpoint(str(tmp_path), "a")
     with pytest.raises(fp.UnsupportedInput, match="source: got 'hello'"):
-        fp.save_checkpoint("hello", tmp_path / "b", format="quark")
+        fp.save_checkpoint("hello", tmp_path / "b", format="quark", act="mxfp4")
     with pytest.raises(fp.UnsupportedInput, match="device: got meta"):
         fp.load_checkpoint(torch.nn.Sequential(), tmp_path, device="meta")
 
@@ -1433,9 +1626,20 @@ def test_buffers_of_no_dimension_are_computed(tmp_path):
         (TENSORS, {"act": "mxfp4", "format": "gpt_oss"}, r"act: got 'mxfp4', allowed 'none': 'gpt_oss' cannot say"),
         (TENSORS, {"scale_mode": "rceil"}, r"scale_mode: got 'rceil', allowed 'even', 'floor', 'ceil'"),
         (TENSORS, {"scale_mode": "floor", "format": "compressed_tensors"}, r"scale_mode: got 'floor', allowed 'even'"),
+        (TENSORS, {"act": None}, r"act: got None with names and tensors, allowed 'mxfp4' or 'none': are the inputs of"),
+        (iter(TENSORS.items()), {"act": None, "format": "compressed_tensors"}, r"act: got None with names and tensors"),
+        (TENSORS, {"config": "abc"}, r"config: got str, allowed a mapping"),
         ({"a": TENSORS["a.weight"]}, {}, r"'a': got an MXFP4 weight of this name, allowed names that end in '.weight'"),
         ({"a.weight": 3}, {}, r"'a.weight': got int, allowed an Mxfp4Weight"),
         ({"a.weight": torch.ones(2, device="meta")}, {}, r"'a.weight': got torch.float32 on meta"),
+        ({"a.weight": torch.ones(2, 2).to_sparse()}, {}, r"'a.weight': got torch.sparse_coo, allowed an Mxfp4Weight"),
+        (
+            {"a.weight": Mxfp4Weight(codes(4, 16).to("meta"), scales(4, 1))},
+            {},
+            r"'a.weight': got Mxfp4Weight on meta, allowed",
+        ),
+        ([("a.weight", codes(4, 16), 3)], {}, r"source: got \(str, Tensor, int\), allowed pairs of"),
+        ({3: codes(4, 16)}, {}, r"source: got \(int, Tensor\), allowed pairs of a name and a tensor"),
         ({"a.weight": torch.ones(2).to(torch.float8_e5m2)}, {}, r"'a.weight': got torch.float8_e5m2 on cpu"),
         ([*TENSORS.items(), *TENSORS.items()], {}, r"'a.weight': got it twice"),
         ({}, {}, r"got no tensors"),
@@ -1446,7 +1650,11 @@ def test_buffers_of_no_dimension_are_computed(tmp_path):
 )
 def test_what_cannot_be_written_is_refused(source, arguments, words, tmp_path):
     with pytest.raises((fp.UnsupportedInput, fp.BadCheckpoint), match=words):
-        fp.save_checkpoint(source, tmp_path / "c", **{"format": "quark", **arguments})
+        fp.save_checkpoint(
+            source,
+            tmp_path / "c",
+            **{"format": "quark", "act": None if "format" in arguments else "mxfp4", **arguments},
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -98,7 +98,7 @@ def is_shard(name: object) -> bool:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BadCheckpoint(f"{path}: got {error}, allowed a JSON file; is it damaged?") from None
     if not isinstance(value, dict):
@@ -132,8 +132,17 @@ def require(module: str) -> Any:
         ) from None
 
 
-def read_headers(path: pathlib.Path) -> dict[str, Stored]:
-    """All tensors of a checkpoint by name."""
+def stamp_of(path: pathlib.Path) -> tuple[int, ...] | None:
+    """What changes when a file is written again or replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def read_headers(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, object]]:
+    """All tensors of a checkpoint by name, and the stamps of their files."""
     folder = folder_of(path)
     index: dict[str, str] | None = None
     if path.suffix == ".safetensors":
@@ -144,6 +153,8 @@ def read_headers(path: pathlib.Path) -> dict[str, Stored]:
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise BadCheckpoint(f"{folder / INDEX}: got no weight_map of names to files, allowed one; is it damaged?")
+        if not index:
+            raise BadCheckpoint(f"{folder / INDEX}: got a weight_map without a tensor, allowed some; is it damaged?")
         for name, file in index.items():
             if not is_shard(file):
                 raise BadCheckpoint(
@@ -155,7 +166,9 @@ def read_headers(path: pathlib.Path) -> dict[str, Stored]:
             f"{path}: got neither {SINGLE} nor {INDEX} there, allowed a folder with one of them, or a .safetensors file"
         )
     stored: dict[str, Stored] = {}
+    stamps: dict[str, object] = {}
     for file in files:
+        stamps[file] = stamp_of(folder / file)
         if not (folder / file).is_file():
             first = next((name for name, f in index.items() if f == file), None) if index else None
             raise BadCheckpoint(
@@ -177,7 +190,7 @@ def read_headers(path: pathlib.Path) -> dict[str, Stored]:
                 f"{name!r}: got no such tensor in {file}, allowed all that {INDEX} lists; these files are of different "
                 "checkpoints"
             )
-    return stored
+    return stored, stamps
 
 
 def pair(spelling: Format, stored: Mapping[str, Stored]) -> dict[str, Entry]:

@@ -155,7 +155,7 @@ def _read_quark(config: Mapping[str, Any]) -> Settings:
     for where, layer in layers.items():
         weight = _quark_fp4(layer.get("weight")) if isinstance(layer, Mapping) else None
         if not isinstance(layer, Mapping) or weight is None:
-            continue  # fp8 or int8: refused where a tensor of it is met
+            continue  # fp8 or int8: where a tensor is stored so, it is refused; what is stored decides
         block = {
             "dtype": ("fp4",),
             "qscheme": ("per_group",),
@@ -280,11 +280,13 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Settings:
         )
     acts, formats = [], set()
     for name, group in _section(config, "config_groups").items():
+        if group.get("weights") is None:
+            continue  # of outputs, or of a cache
         weights, inputs = _section(group, "weights"), group.get("input_activations")
         spelled = group.get("format") or config.get("format")
         formats.add(spelled)
         if spelled != _CT_FORMAT:
-            continue  # refused where a tensor of it is met
+            continue  # where a tensor is stored so, it is refused
         block = {
             "num_bits": (4,),
             "type": ("float",),
@@ -300,8 +302,13 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Settings:
             acts.append("mxfp4")
         else:
             acts.append(f"{inputs.get('type')}{inputs.get('num_bits')}")
+    if not formats:
+        raise BadCheckpoint(
+            "quantization_config.config_groups: got no group that quantises weights, allowed one of format "
+            f"{_CT_FORMAT!r}; is the file damaged?"
+        )
     if not acts:
-        found = sorted(map(str, formats or {config.get("format")}))
+        found = sorted(map(str, formats))
         raise BadCheckpoint(
             f"quantization_config.format: got {', '.join(found)}, allowed {_CT_FORMAT!r}; this checkpoint is not MXFP4"
         )

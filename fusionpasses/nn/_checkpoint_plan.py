@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fusionpasses.errors import BadCheckpoint
-from fusionpasses.nn import _compiled
+from fusionpasses.nn import _compiled, _replaceable
 from fusionpasses.nn._checkpoint_files import Entry
 from fusionpasses.nn.checkpoint_reader import Checkpoint
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
 
 #: At most so many names or problems are listed in one message.
 _LISTED = 12
+#: Last parts of the names of static scales of outputs, and of a cache.
+_OUTPUT_SCALES = ("output_scale", "k_scale", "v_scale", "kv_scale")
 _FLOATING = ("BF16", "F16", "F32", "F64")
 
 
@@ -59,13 +61,17 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     """Every name of a parameter or persistent buffer. The packed codes of an Mxfp4Linear go by the name ``weight``."""
     by_tensor: dict[int, Slot] = {}
     slots: dict[str, Slot] = {}
+    volatile: list[tuple[nn.Module, str, Tensor]] = []
     for prefix, module in _compiled.named_modules(model):
         tensors = {**module._parameters, **module._buffers}
         if isinstance(module, Mxfp4Linear):
             tensors["weight"] = tensors.pop("weight_packed")
             del tensors["weight_scale"]
         for attribute, tensor in tensors.items():
-            if tensor is None or attribute in module._non_persistent_buffers_set:
+            if tensor is None:
+                continue
+            if attribute in module._non_persistent_buffers_set:
+                volatile.append((module, attribute, tensor))
                 continue
             slot = by_tensor.setdefault(id(tensor), Slot(tensor))
             name = f"{prefix}.{attribute}" if prefix else attribute
@@ -73,6 +79,9 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
             if not any(m is module and a == attribute for m, a in slot.holders):
                 slot.holders.append((module, attribute))
             slots[name] = slot
+    for module, attribute, tensor in volatile:  # a second name of what has one, without being in a state_dict itself
+        if id(tensor) in by_tensor and (module, attribute) not in by_tensor[id(tensor)].holders:
+            by_tensor[id(tensor)].holders.append((module, attribute))
     return slots
 
 
@@ -87,7 +96,7 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, ignore: Sequence[str], d
     called_by_wrappers = _compiled.wrapped_by_themselves(model)
     problems: list[str] = []
     unexpected: list[str] = []
-    may_be_extra = _extra(model, ignore)
+    may_be_extra = _extra(model, ignore, checkpoint)
     for name, entry in checkpoint.entries.items():
         slot = slots.get(name)
         if slot is None:
@@ -98,7 +107,11 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, ignore: Sequence[str], d
             problem = _misfit(entry, slot, module)
             plan.plain[name] = slot
         elif type(module) in (nn.Linear, Mxfp4Linear) and name.endswith("weight"):
-            problem = _linear_misfit(entry, slot, module, module in called_by_wrappers)
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            stays = _replaceable.what_is_lost(module) or _replaceable.read_by(modules[parent], child)
+            if module in called_by_wrappers:
+                stays = "torch.compile was given it by itself, and what it returned goes on to call it"
+            problem = _linear_misfit(entry, slot, module, stays)
             plan.linears[name] = module
         elif getattr(module, "is_transposed", None) is not None and len(entry.shape) == 3:
             problem = _experts_misfit(entry, slot, module, dequantize_experts)
@@ -149,12 +162,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_LISTED])) + more
 
 
-def _extra(model: nn.Module, ignore: Sequence[str]) -> Any:
-    """Which tensors a model may lack: what the caller says, and what the class of a transformers model does."""
+def _extra(model: nn.Module, ignore: Sequence[str], checkpoint: Checkpoint) -> Any:
+    """Which tensors a model may lack: what the caller says, what the class of a transformers model does, and static
+    scales of outputs, which nothing here quantises."""
     own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
 
     def may_be_extra(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, p) for p in ignore) or any(re.search(p, name) for p in own)
+        of_outputs = bool(checkpoint.outputs) and name.rpartition(".")[2] in _OUTPUT_SCALES
+        return of_outputs or any(fnmatch.fnmatchcase(name, p) for p in ignore) or any(re.search(p, name) for p in own)
 
     return may_be_extra
 
@@ -162,6 +177,10 @@ def _extra(model: nn.Module, ignore: Sequence[str]) -> Any:
 def _misfit(entry: Entry, slot: Slot, module: nn.Module) -> str | None:
     if isinstance(module, Mxfp4Linear) and entry.name.endswith("weight"):
         return f"{entry.tensor}: got a weight that is not MXFP4, allowed MXFP4: the model has an Mxfp4Linear there"
+    if nn.parameter.is_lazy(slot.tensor):
+        return (
+            f"{entry.tensor}: got a {type(module).__name__} that has no shape yet, allowed one that has; call it once"
+        )
     if tuple(slot.tensor.shape) != entry.shape:
         return f"{entry.tensor}: got shape {list(entry.shape)}, allowed {list(slot.tensor.shape)}, the model's"
     if slot.tensor.is_floating_point() != (entry.tensor.dtype in _FLOATING):
@@ -171,18 +190,16 @@ def _misfit(entry: Entry, slot: Slot, module: nn.Module) -> str | None:
     return None
 
 
-def _linear_misfit(entry: Entry, slot: Slot, module: Any, called_by_wrapper: bool) -> str | None:
+def _linear_misfit(entry: Entry, slot: Slot, module: Any, stays: str | None) -> str | None:
     wanted = (module.out_features, module.in_features)
     if entry.shape != wanted:
         return f"{entry.tensor}: got values of shape {list(entry.shape)}, allowed {list(wanted)}, those of the linear"
     if any(holder is not module for holder, _ in slot.holders):
         return f"{entry.tensor}: got MXFP4 for tied weights ({_some(slot.names)}), allowed MXFP4 for one linear's own"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{entry.tensor}: got a linear with forward hooks, which the new module would lose; remove them first"
-    if called_by_wrapper:
+    if stays is not None:
         return (
-            f"{entry.tensor}: got a linear that torch.compile was given by itself, and what it returned goes on to "
-            "call it; allowed: one whose parent was compiled, or none yet"
+            f"{entry.tensor}: got MXFP4 for a linear that has to stay: {stays}; allowed one that can be replaced. "
+            "Load into the model as it was built, and change it afterwards"
         )
     return None
 

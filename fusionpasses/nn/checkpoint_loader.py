@@ -6,6 +6,7 @@ is quantised here, and nothing is unpacked unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fusionpasses.errors import BadCheckpoint, UnsupportedInput
 from fusionpasses.nn import _checkpoint_formats as formats
 from fusionpasses.nn import _compiled
+from fusionpasses.nn._checkpoint_files import Entry
 from fusionpasses.nn._checkpoint_plan import Plan, Slot, make_plan
 from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
@@ -102,7 +104,7 @@ def load_checkpoint(
         ignore: patterns (``model.layers.61.*``) of tensors that the model need not have. What a transformers model
             itself ignores (``_keys_to_ignore_on_load_unexpected``) is ignored.
         dequantize_experts: unpack experts into modules of transformers that hold them as one parameter (GPT-OSS), in
-            ``dtype`` or bfloat16, which hold every value exactly.
+            ``dtype`` or bfloat16, which holds every value below 2**128 exactly.
         progress: a bar on stderr, if that is a terminal.
 
     Returns:
@@ -111,7 +113,7 @@ def load_checkpoint(
 
     Raises:
         BadCheckpoint: tensors that are missing, that the model does not have, or that do not fit; all that is known
-            from the headers is in one message. Or a damaged tensor.
+            from the headers is in one message. Or a damaged tensor, or values that ``dtype`` does not hold.
         UnsupportedInput: an argument. In both cases the model was not changed.
     """
     if not isinstance(model, nn.Module):
@@ -141,11 +143,13 @@ def load_checkpoint(
     weights: dict[nn.Module, Mxfp4Weight] = {}
     for name, tensor in checkpoint.items(plan.names, device=where, progress=progress):
         if not isinstance(tensor, Mxfp4Weight):
-            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            if dtype is not None and tensor.is_floating_point():
+                tensor = _held(tensor, dtype, checkpoint.entries[name])
             same = _equal(values.setdefault(plan.plain[name], tensor), tensor)
         elif name in plan.experts:
             slot, is_transposed = plan.experts[name]
-            values[slot], same = _unpacked(tensor, dtype or torch.bfloat16, is_transposed), True
+            values[slot] = _unpacked(tensor, dtype or torch.bfloat16, is_transposed, checkpoint.entries[name])
+            same = True
         else:
             first = weights.setdefault(plan.linears[name], tensor)
             same = _equal(first.codes, tensor.codes) and _equal(first.scales, tensor.scales)
@@ -156,9 +160,18 @@ def load_checkpoint(
             )
     biases = {module: value for slot, value in values.items() for module, name in slot.holders if name == "bias"}
     linears: dict[nn.Module, Mxfp4Linear] = {}
+    names: dict[nn.Module, str] = {module: name for name, module in plan.linears.items()}
     for old, weight in weights.items():
-        linears[old] = mxfp4_linear(weight, biases.get(old), act=summary.act, scale_mode=summary.scale_mode)
+        try:
+            linears[old] = mxfp4_linear(weight, biases.get(old), act=summary.act, scale_mode=summary.scale_mode)
+        except UnsupportedInput as error:
+            raise BadCheckpoint(
+                f"{checkpoint.entries[names[old]].tensor}: {error}. The model was not changed"
+            ) from None
         linears[old].train(old.training)
+        if isinstance(old, Mxfp4Linear) and old.layout != "linear":
+            with contextlib.suppress(UnsupportedInput):  # as load_state_dict does; ``layout`` says which it is
+                linears[old].prepare(old.layout)
 
     for slot, value in values.items():
         slot.fill(value)
@@ -243,13 +256,24 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-def _unpacked(weight: Mxfp4Weight, dtype: torch.dtype, transposed: bool) -> Tensor:
+def _held(tensor: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+    """The tensor in ``dtype``, which must be able to hold it."""
+    converted = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(converted.isfinite(), tensor.isfinite()):
+        raise BadCheckpoint(
+            f"{entry.tensor}: got values up to {float(tensor[tensor.isfinite()].abs().max()):.3g}, allowed up to "
+            f"{torch.finfo(dtype).max:.3g} in {dtype}; leave dtype out, or choose another. The model was not changed"
+        )
+    return converted
+
+
+def _unpacked(weight: Mxfp4Weight, dtype: torch.dtype, transposed: bool, entry: Entry) -> Tensor:
     """``[E, N, K]`` values, or ``[E, K, N]``; one expert at a time, because float32 is eight times the packed size."""
     experts, rows, columns = weight.shape
     shape = (experts, columns, rows) if transposed else (experts, rows, columns)
     out = torch.empty(shape, dtype=dtype, device=weight.codes.device)
     for i in range(experts):
-        values = Mxfp4Weight(weight.codes[i], weight.scales[i]).dequantize(dtype)
+        values = _held(Mxfp4Weight(weight.codes[i], weight.scales[i]).dequantize(), dtype, entry)
         out[i] = values.T if transposed else values
     return out
 

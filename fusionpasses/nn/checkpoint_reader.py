@@ -56,7 +56,7 @@ class Mxfp4Weight:
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 2))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, ``[.., N, K]``; bfloat16 and float32 hold them exactly."""
+        """The values, ``[.., N, K]``; bfloat16 and float32 hold them exactly, up to 2**128, which is Inf there."""
         return _mxfp4.dequantize(self.codes, self.scales).to(dtype)
 
 
@@ -82,11 +82,13 @@ class Checkpoint:
         settings: formats.Settings,
         config: Mapping[str, Any],
         entries: Mapping[str, files.Entry],
+        stamps: Mapping[str, object],
     ) -> None:
         self.path, self.format, self.config, self.entries = path, spelling.name, config, entries
         self.act, self.scale_mode = settings.act, settings.scale_mode
         self.excluded, self.outputs = settings.excluded, settings.outputs
         self._spelling, self._settings = spelling, settings
+        self._stamps = stamps  # of the files, when they were opened
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -109,7 +111,7 @@ class Checkpoint:
         """The tensor ``name``: a Tensor in the dtype of the file, or an :class:`Mxfp4Weight`.
 
         Raises:
-            BadCheckpoint: there is none, or its scales are not powers of two.
+            BadCheckpoint: there is none, its scales are not powers of two, or a file was changed since it was opened.
         """
         return next(self.items((name,), device=device))[1]
 
@@ -132,17 +134,27 @@ class Checkpoint:
 
             def get(stored: files.Stored) -> Tensor:
                 if stored.file not in handles:
-                    path = files.folder_of(self.path) / stored.file
+                    path = self._unchanged(stored.file)
                     handles[stored.file] = stack.enter_context(files.open_file(path, device))
                 tensor: Tensor = handles[stored.file].get_tensor(stored.name)
                 # Copied on the CPU, where it is a view of the mapped file, which may change later.
                 return tensor.clone() if tensor.device.type == "cpu" else tensor
 
+            self._unchanged(files.CONFIG)
             bar = stack.enter_context(_bar(sum(e.nbytes for e in entries), progress))
             for entry in entries:
                 # In one expression, so that no name here keeps the tensor alive while the caller reads the next.
                 yield entry.name, get(entry.tensor) if entry.scales is None else _weight(entry, get)
                 bar.update(entry.nbytes)
+
+    def _unchanged(self, file: str) -> pathlib.Path:
+        """The path of a file that is the one whose header was read."""
+        path = files.folder_of(self.path) / file
+        if files.stamp_of(path) != self._stamps[file]:
+            raise BadCheckpoint(
+                f"{path}: got a file that was changed after the checkpoint was opened, allowed the same; open it again"
+            )
+        return path
 
 
 def _weight(entry: files.Entry, get: Any) -> Mxfp4Weight:
@@ -191,8 +203,10 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
             message names the tensor.
     """
     path = pathlib.Path(path)
-    stored = files.read_headers(path)
     config_file = files.folder_of(path) / files.CONFIG
+    stamp = files.stamp_of(config_file)
+    stored, stamps = files.read_headers(path)
+    stamps[files.CONFIG] = stamp
     config = files.read_json(config_file) if config_file.exists() else {}
     quantization = _quantization_of(config)
     if quantization:
@@ -224,7 +238,7 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
                 f"{entry.tensor}: got an MXFP4 tensor, allowed none where the configuration excludes {pattern!r}; one "
                 "of the two is wrong"
             )
-    return Checkpoint(path, spelling, settings, config, entries)
+    return Checkpoint(path, spelling, settings, config, entries, stamps)
 
 
 def _quantization_of(config: Mapping[str, Any]) -> object:

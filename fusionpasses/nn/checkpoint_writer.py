@@ -55,7 +55,8 @@ def save_checkpoint(
         path: a folder. What is written goes to a hidden folder, in it or, if there is none yet, beside it, and is
             renamed when it is complete and could be opened.
         format: "quark", "gpt_oss" or "compressed_tensors". GPT-OSS has expert parameters ``[E, N, K]`` only.
-        act: "mxfp4" or "none": does the model quantise the inputs of its linears? None: as the source does.
+        act: "mxfp4" or "none": does the model quantise the inputs of its linears? None: as the source does; names and
+            tensors do not, so with them it has to be given where the format can say either.
         scale_mode: for those inputs. None: as the source does, or "even".
         config: the other entries of config.json. None: those of the source.
         max_shard_bytes: a larger checkpoint is split; a larger tensor has a file of its own.
@@ -77,8 +78,12 @@ def save_checkpoint(
         raise UnsupportedInput(f"source: got {source!r}, allowed a module, a Checkpoint, or names and tensors")
     if isinstance(source, nn.Module):
         source = _compiled.unwrapped(source)
+        _warn_of_extra_state(source)
+    if config is not None and not isinstance(config, Mapping):
+        raise UnsupportedInput(f"config: got {type(config).__name__}, allowed a mapping, the entries of config.json")
     found_act, found_mode, found_config = _settings_of(source, spelling)
-    settings = formats.Settings(act or found_act, scale_mode or found_mode)
+    act = act or found_act
+    settings = formats.Settings(act or spelling.act_without_config, scale_mode or found_mode)
     formats.check_settings(spelling, settings)
     if (os.path.lexists(path) and not path.is_dir()) or path.suffix == ".safetensors":
         raise UnsupportedInput(f"path: got {str(path)!r}, allowed a folder")
@@ -87,21 +92,31 @@ def save_checkpoint(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder that exists: its parent may be somewhere else, or not ours to write to.
-    temporary = (path if path.exists() else path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
+    temporary = (path if path.exists() else path.parent) / f".{path.name[:32]}.{secrets.token_hex(8)}.partial"
     temporary.mkdir()
     try:
-        excluded = _write_tensors(_spelled(_tensors_of(source), spelling), temporary, max_shard_bytes)
+        tensors = _spelled(_tensors_of(source), spelling, says_act=act is not None)
+        excluded = _write_tensors(tensors, temporary, max_shard_bytes)
         settings = formats.Settings(settings.act, settings.scale_mode, tuple(excluded))
-        document = {**(found_config if config is None else config)}
-        document.pop("compression_config", None)
+        document = _without_quantization(found_config if config is None else config)
         document["quantization_config"] = spelling.write_settings(settings)
-        (temporary / files.CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        (temporary / files.CONFIG).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
         for file in temporary.iterdir():
             shutil.copymode(temporary / files.CONFIG, file)  # safetensors lets nobody else read what it writes
         open_checkpoint(temporary)  # names that mean something else in this format are refused here
         _publish(temporary, path, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _warn_of_extra_state(model: nn.Module) -> None:
+    own = [
+        name or type(module).__name__
+        for name, module in _compiled.named_modules(model)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+    if own:
+        log.warning("extra state is not written, because checkpoints hold tensors only: %s", ", ".join(own))
 
 
 def _refuse_replacing(path: pathlib.Path, names: Iterable[str]) -> None:
@@ -168,8 +183,17 @@ def _alone_in(path: pathlib.Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _settings_of(source: object, spelling: formats.Format) -> tuple[str, str, dict[str, Any]]:
-    """act, scale mode and config.json of a source."""
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what quantised it before, of a part of the model, too."""
+
+    def of(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key not in ("quantization_config", "compression_config")}
+
+    return {key: of(value) if isinstance(value, Mapping) else value for key, value in of(config).items()}
+
+
+def _settings_of(source: object, spelling: formats.Format) -> tuple[str | None, str, dict[str, Any]]:
+    """act, scale mode and config.json of a source; no act if it does not say which of several."""
     if isinstance(source, Checkpoint):
         return source.act, source.scale_mode, dict(source.config)
     if isinstance(source, nn.Module):
@@ -186,7 +210,7 @@ def _settings_of(source: object, spelling: formats.Format) -> tuple[str, str, di
         if hasattr(config, "to_json_string"):
             document = {"architectures": [type(source).__name__], **json.loads(config.to_json_string())}
         return acts.pop(), modes.pop(), document
-    return spelling.act_without_config, "even", {}
+    return (spelling.acts[0] if len(spelling.acts) == 1 else None), "even", {}
 
 
 def _tensors_of(source: Any) -> Iterator[tuple[str, Any]]:
@@ -207,10 +231,17 @@ def _tensors_of(source: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _spelled(tensors: Iterable[tuple[str, Any]], spelling: formats.Format) -> Iterator[tuple[str, Tensor, str | None]]:
+def _spelled(
+    tensors: Iterable[tuple[str, Any]], spelling: formats.Format, *, says_act: bool
+) -> Iterator[tuple[str, Tensor, str | None]]:
     """(name in the file, tensor, name of a module that is not quantised or None) of every tensor."""
-    for name, tensor in tensors:
-        if isinstance(tensor, Mxfp4Weight):
+    for name, tensor in _pairs(tensors):
+        if isinstance(tensor, Mxfp4Weight) and not tensor.codes.is_meta and not tensor.scales.is_meta:
+            if not says_act:
+                raise UnsupportedInput(
+                    f"act: got None with names and tensors, allowed {' or '.join(map(repr, spelling.acts))}: are the "
+                    f"inputs of {name!r} quantised, too? A Checkpoint or a module as source says it"
+                )
             codes = tensor.codes
             if spelling.blocks_apart:
                 if codes.dim() != 3:
@@ -227,14 +258,28 @@ def _spelled(tensors: Iterable[tuple[str, Any]], spelling: formats.Format) -> It
             yield name + spelling.codes_suffix, codes, None
             scales = scale_bytes(repr(name), tensor.scales)
             yield name + spelling.scales_suffix, scales, None
-        elif isinstance(tensor, Tensor) and tensor.dtype in _PLAIN and not tensor.is_meta:
+        elif isinstance(tensor, Tensor) and tensor.dtype in _PLAIN and _has_dense_data(tensor):
             is_weight = tensor.dim() >= 2 and name.endswith(".weight")
             yield name, tensor, name.removesuffix(".weight") if is_weight else None
         else:
-            got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            got = f"{type(tensor).__name__}{' on meta' if isinstance(tensor, Mxfp4Weight) else ''}"
+            if isinstance(tensor, Tensor):
+                got = f"{tensor.dtype} on {tensor.device}" if tensor.layout == torch.strided else str(tensor.layout)
             raise UnsupportedInput(
                 f"{name!r}: got {got}, allowed an Mxfp4Weight, or a tensor with data in {', '.join(map(str, _PLAIN))}"
             )
+
+
+def _pairs(tensors: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for pair in tensors:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            kinds = (type(each).__name__ for each in (pair if isinstance(pair, tuple) else (pair,)))
+            raise UnsupportedInput(f"source: got ({', '.join(kinds)}), allowed pairs of a name and a tensor")
+        yield pair
+
+
+def _has_dense_data(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _write_tensors(
@@ -278,5 +323,5 @@ def _write_tensors(
         "metadata": {"total_size": total},
         "weight_map": {tensor: file for file, held in zip(names, shards) for tensor in held},
     }
-    (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return excluded

@@ -77,6 +77,8 @@ class Mxfp4Linear(nn.Module):
             )
         if bias is not None and tuple(bias.shape) != (rows,):
             raise UnsupportedInput(f"bias: got shape {tuple(bias.shape)}, allowed ({rows},), the rows of weight_packed")
+        if bias is not None and bias.dtype not in _mxfp4.INPUT_DTYPES:
+            raise UnsupportedInput(f"bias: got {bias.dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}")
         self.in_features, self.out_features = half * 2, rows
         self.act, self.scale_mode = act, scale_mode
         self.layout, self._shift = "linear", 0

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from fusionpasses.errors import UnsupportedInput
-from fusionpasses.nn import _compiled
+from fusionpasses.nn import _compiled, _replaceable
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear, check_act
 from fusionpasses.ops import _mxfp4
 
@@ -103,7 +100,8 @@ def quantize_mxfp4(
     def reason_of(name: str, module: nn.Module) -> str | None:
         reason = _not_quantizable(module)
         if reason is None:
-            reason = _read_by_parent(model, name)
+            parent, _, child = name.rpartition(".")
+            reason = _replaceable.read_by(model.get_submodule(parent), child)
         if reason is None and module in called_by_wrappers:
             return "torch.compile was given it by itself, and what it returned goes on to call it"
         if reason is None and keep is not None:
@@ -141,16 +139,13 @@ def quantize_mxfp4(
 def _not_quantizable(module: nn.Module) -> str | None:
     """None for a plain linear that fits, "" for a module without weights of its own, else the reason."""
     if type(module) is nn.Linear:
-        if "forward" in vars(module):
-            return "its forward was replaced, which a new module would lose"
-        if {*module._parameters} - {"weight", "bias"} or module._buffers or module._modules:
-            return "it has more than a weight and a bias"
+        lost = _replaceable.what_is_lost(module)
+        if lost is not None:
+            return lost
         if module.in_features % _mxfp4.BLOCK != 0 or module.in_features == 0:
             return f"in_features is not a multiple of {_mxfp4.BLOCK}"
         if module.weight.dtype not in _mxfp4.INPUT_DTYPES:
             return f"the weight is {module.weight.dtype}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "it has forward hooks, which a new module would lose"
         return None
     parameters = list(module.parameters(recurse=False))
     if any(nn.parameter.is_lazy(p) for p in parameters):
@@ -159,27 +154,6 @@ def _not_quantizable(module: nn.Module) -> str | None:
     if not matrices or isinstance(module, nn.Embedding):
         return ""
     return "not nn.Linear"
-
-
-def _read_by_parent(model: nn.Module, name: str) -> str | None:
-    """Does the module that holds this one read its weight itself, which an Mxfp4Linear does not have?"""
-    parent, _, child = name.rpartition(".")
-    holder: Any = type(model.get_submodule(parent))  # mypy knows no class as Hashable
-    if child in _weights_read_by(holder):
-        return f"{holder.__name__} reads its weight"
-    return None
-
-
-@functools.cache
-def _weights_read_by(module: Any) -> frozenset[str]:
-    """Names of children whose weight the code of a module reads when it runs, as far as its source is there."""
-    names: set[str] = set()
-    bases = [base for base in module.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    for method in (value for base in bases for value in vars(base).values()):
-        if inspect.isfunction(method) and not re.search("init|reset", method.__name__):
-            with contextlib.suppress(OSError, TypeError):  # no source
-                names |= set(re.findall(r"\bself\.(\w+)\.weight\b", inspect.getsource(method)))
-    return frozenset(names)
 
 
 def _kept_by_default(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
