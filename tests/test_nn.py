@@ -185,6 +185,37 @@ def test_a_linear_whose_weight_another_module_reads_is_left():
     assert type(model.down) is nn.Linear
 
 
+class ReadsWeightsFarBelow(nn.Module):
+    """As transformers' Qwen2-VL asks for its own dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Holder(mlp=Holder(fc1=nn.Linear(64, 64), fc2=nn.Linear(64, 64))) for _ in range(2))
+        self.heads = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+        self.many = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    @property
+    def dtype(self):
+        return self.blocks[0].mlp.fc2.weight.dtype
+
+    def forward(self, x, i):
+        return x.to(self.dtype) @ self.heads["b"].weight + self.many[i].weight
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_far_below_or_by_its_place_is_left():
+    model = Holder(visual=ReadsWeightsFarBelow())
+    why = "ReadsWeightsFarBelow reads its weight"
+    names = "blocks.0.mlp.fc2", "heads.b", "many.0", "many.1"
+    assert left_of(model) == {f"visual.{name}": why for name in names}
+    assert fp.last_quantization().quantized == [
+        f"visual.{name}" for name in ("blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "heads.a")
+    ]
+    model.visual(torch.randn(64, 64), 1)
+    compiled = Holder(visual=torch.compile(ReadsWeightsFarBelow(), backend="eager"))
+    assert left_of(compiled) == {f"visual.{name}": why for name in names}
+
+
 @torch.no_grad()
 def test_compiled_modules() -> None:
     """By the names that they have without torch.compile; a linear that was compiled by itself would go on to run."""
@@ -227,6 +258,31 @@ def test_what_a_new_module_would_lose_is_left():
     for linear in (replaced, Doubled(64, 64)):
         with pytest.raises(fp.UnsupportedInput, match="with a forward of its own, which would be lost"):
             fp.Mxfp4Linear.from_linear(linear)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_one_linear_is_refused_for_what_quantize_leaves_it():
+    hooked, normed = nn.Linear(64, 64), nn.utils.weight_norm(nn.Linear(64, 64))
+    hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 100,))
+    for linear, why in ((hooked, "it has forward hooks"), (normed, "it has more than a weight and a bias")):
+        with pytest.raises(fp.UnsupportedInput, match=f"linear: got one of which {why}"):
+            fp.Mxfp4Linear.from_linear(linear)
+    # Twin: a parametrised weight is a weight.
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    with torch.no_grad():
+        parametrised.parametrizations.weight.original0.mul_(10)
+    plain = nn.Linear(64, 64)
+    plain.weight, plain.bias = nn.Parameter(parametrised.weight.detach()), parametrised.bias
+    x = torch.randn(2, 64)
+    assert torch.equal(fp.Mxfp4Linear.from_linear(parametrised)(x), fp.Mxfp4Linear.from_linear(plain)(x))
+
+
+def test_a_bias_that_no_call_takes_is_not_quantised():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].bias = nn.Parameter(model[0].bias.detach().double())
+    assert left_of(model) == {"0": "the bias is torch.float64"}
+    with pytest.raises(fp.UnsupportedInput, match=r"bias: got torch\.float64, allowed torch\.bfloat16"):
+        fp.Mxfp4Linear.from_linear(model[0])
 
 
 def test_a_filter_alone_decides():
@@ -395,6 +451,41 @@ def test_loading_a_weight_that_cannot_be_prepared_loads_all_of_a_model():
     x = torch.randn(2, 64)
     assert torch.equal(target[1](x), source[1](x))
     torch.testing.assert_close(target[0](x), source[0](x), rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [False, True])
+def test_parameters_and_any_strides_are_assigned_as_buffers(prepared):
+    torch.manual_seed(0)
+    source, target = (
+        nn.Sequential(*(fp.Mxfp4Linear.from_linear(nn.Linear(64, 64)) for _ in range(2))) for _ in range(2)
+    )
+    for layer in target if prepared else ():
+        layer.prepare()
+    given = {
+        name: nn.Parameter(value, requires_grad=False) if name.startswith("0") else value.t().contiguous().t()
+        for name, value in source.state_dict().items()
+    }
+    x = torch.randn(2, 64)
+    target.load_state_dict(given, assign=True)
+    assert [layer.layout for layer in target] == ["tiles" if prepared else "linear"] * 2
+    assert torch.equal(target(x), source(x))
+    assert not list(target.parameters())
+    target[0].prepare().unprepare()
+    assert torch.equal(target(x), source(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["mxfp4", "none"])
+def test_a_weight_without_data_is_an_error(act):
+    """Not garbage: torch only warns when assign=True is forgotten."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    fp.quantize_mxfp4(model, act=act)
+    x = torch.randn(2, 64)
+    for call in (model, torch.compile(model, backend=fp.fusion_backend())):
+        with pytest.raises(Exception, match=r"w_codes\.device: got meta, allowed cpu, that of x"):
+            call(x)
 
 
 def test_weight_only_layers_leave_their_inputs():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from fusionpasses import ProviderUnavailable, UnsupportedInput
 from fusionpasses.ops import OPS, _mxfp4
@@ -321,6 +322,41 @@ REFUSED = {
     ),
     "gemm out": (lambda: ours.mxfp4_gemm(Q, S, Q, S, out_dtype=torch.int8), "out_dtype: got torch.int8"),
 }
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_tensors_on_two_devices_are_refused(name):
+    """One on the meta device is enough for the dispatcher to ask for shapes only: of the rest it would make garbage."""
+    args, kwargs = next(iter(OPS[name].samples(CPU)))
+    named = {**dict(enumerate(args)), **kwargs}
+    tensors = [key for key, value in named.items() if isinstance(value, torch.Tensor)]
+    for moved in tensors if len(tensors) > 1 else ():
+        given = named | {moved: named[moved].to("meta")}
+        with pytest.raises(UnsupportedInput, match=r"device: got|got torch.* on (cpu|meta), allowed"):
+            OPS[name].overload(*(given[i] for i in range(len(args))), **{key: given[key] for key in kwargs})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_tangent_is_refused_and_not_lost(name):
+    op = OPS[name]
+    args, kwargs = next(iter(op.samples(CPU)))
+    at = next(
+        (i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and value.is_floating_point()), None
+    )
+    if at is None:
+        assert name == "mxfp4_gemm.default"  # codes have no tangents
+        return
+
+    def call(x):
+        return op.overload(*args[:at], x, *args[at + 1 :], **kwargs)
+
+    words = f"{op.packet_name}.* has no derivative: argument {at} has a tangent"
+    with torch.no_grad(), pytest.raises(UnsupportedInput, match=words):
+        torch.func.jvp(call, (args[at],), (torch.ones_like(args[at]),))
+    with forward_ad.dual_level():
+        with pytest.raises(UnsupportedInput, match=words):
+            call(forward_ad.make_dual(args[at], torch.ones_like(args[at])))
+        call(args[at].clone())  # inputs without one are taken as ever
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -107,8 +107,11 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint, ignore: Sequence[str], d
             problem = _misfit(entry, slot, module)
             plan.plain[name] = slot
         elif type(module) in (nn.Linear, Mxfp4Linear) and name.endswith("weight"):
-            parent, _, child = name.removesuffix(".weight").rpartition(".")
-            stays = _replaceable.what_is_lost(module) or _replaceable.read_by(modules[parent], child)
+            if isinstance(module, Mxfp4Linear):
+                stays = _replaceable.what_is_lost(module, ("weight_packed", "weight_scale", "bias"))
+            else:
+                stays = _replaceable.what_is_lost(module)
+                stays = stays or _replaceable.read_by(modules, name.removesuffix(".weight"))
             if module in called_by_wrappers:
                 stays = "torch.compile was given it by itself, and what it returned goes on to call it"
             problem = _linear_misfit(entry, slot, module, stays)

@@ -121,8 +121,8 @@ def load_checkpoint(
     model = _compiled.unwrapped(model)
     if dtype is not None and dtype not in _mxfp4.INPUT_DTYPES:
         raise UnsupportedInput(f"dtype: got {dtype}, allowed {', '.join(map(str, _mxfp4.INPUT_DTYPES))}, or None")
-    if device is not None and torch.device(device).type == "meta":
-        raise UnsupportedInput(f"device: got {device}, allowed one that has memory, or None")
+    if device is not None:
+        _check_device(device)
     if isinstance(ignore, str):
         raise UnsupportedInput(f"ignore: got {ignore!r}, allowed a list of patterns; write [{ignore!r}]")
     if isinstance(model, nn.Linear):
@@ -213,6 +213,7 @@ def linear_from_checkpoint(
         raise UnsupportedInput(
             f"checkpoint: got {type(checkpoint).__name__}, allowed a Checkpoint; open_checkpoint(path) gives one"
         )
+    _check_device(device)
     entry = checkpoint.entries.get(f"{name}.weight")
     if entry is None or not entry.quantized or len(entry.shape) != 2:
         got = "no such tensor" if entry is None else str(entry.tensor)
@@ -228,6 +229,11 @@ def linear_from_checkpoint(
 def mxfp4_linear(weight: Mxfp4Weight, bias: Tensor | None, *, act: str, scale_mode: str) -> Mxfp4Linear:
     """The one place where linears of checkpoints are made."""
     return Mxfp4Linear(weight.codes, weight.scales, bias, act=act, scale_mode=scale_mode)
+
+
+def _check_device(device: torch.device | str) -> None:
+    if torch.device(device).type == "meta":
+        raise UnsupportedInput(f"device: got {device}, allowed one that has memory")
 
 
 def _check_activation(checkpoint: Checkpoint, act: str | None, scale_mode: str | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionpasses.errors import UnsupportedInput
+from fusionpasses.nn import _replaceable
 from fusionpasses.ops import _mxfp4, _mxfp4_weight
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class Mxfp4Linear(nn.Module):
         """Quantise the weight of ``linear``; ``scale_mode`` serves weight and activations.
 
         Raises:
-            UnsupportedInput: in_features is not a multiple of 32, or a weight is not finite.
+            UnsupportedInput: in_features is not a multiple of 32, a weight is not finite, or ``linear`` has a forward,
+                forward hooks or tensors of its own. (A parametrised weight is computed.)
         """
         check_act(act)
         _mxfp4.check_scale_mode(scale_mode)
@@ -101,6 +103,12 @@ class Mxfp4Linear(nn.Module):
             raise UnsupportedInput(
                 f"linear: got {type(linear).__name__} with a forward of its own, which would be lost, allowed "
                 "torch.nn.Linear's; keep this one as it is"
+            )
+        lost = _replaceable.what_is_lost(linear)
+        if lost is not None:
+            raise UnsupportedInput(
+                f"linear: got one of which {lost}; allowed a weight and a bias. Remove what it has, such as "
+                "weight_norm, first"
             )
         weight = linear.weight.detach()
         _mxfp4.check_input("linear.weight", weight)
@@ -226,9 +234,12 @@ class Mxfp4Linear(nn.Module):
             return
         layout = self.layout
         self.unprepare()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        mine = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        for name in (f"{prefix}{own}" for own in self._buffers):
+            if isinstance(mine.get(name), Tensor):
+                # With assign=True it is what the buffer becomes: no Parameter, and as the kernels read it.
+                mine[name] = mine[name].detach().contiguous()
+        super()._load_from_state_dict(mine, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if layout != "linear":
             # What cannot be prepared works as it is; to raise here would leave the modules after this one unloaded.
             with contextlib.suppress(UnsupportedInput):

@@ -65,8 +65,9 @@ def quantize_mxfp4(
         filter: ``filter(name, module)`` says whether a linear is quantised; given one, it alone decides, of a linear
             with several names for each of them. Without one, what released MXFP4 checkpoints keep in high precision is
             left: the output projection, routers, and the attention of GPT-OSS; and LoRA adapters. What cannot be
-            quantised without harm is left in any case: a linear whose weight another module reads, that has hooks or a
-            forward of its own, that was compiled by itself, or that holds more than a weight and a bias.
+            quantised without harm is left in any case: a linear whose weight the code of a module that holds it reads,
+            that has forward hooks or a forward of its own, that was compiled by itself, or that holds more than a
+            weight and a bias. Other hooks (backward, of state_dict) go with the linear.
         act: "mxfp4" quantises the inputs of these linears, too (W4A4); "none" does not (weight-only).
         scale_mode: "even", "floor", "rceil" or "ceil".
 
@@ -92,6 +93,7 @@ def quantize_mxfp4(
     summary = QuantizeSummary()
     keep = _kept_by_default(model) if filter is None else None
     called_by_wrappers = _compiled.wrapped_by_themselves(model)
+    modules = dict(_compiled.named_modules(model))
     replacements: dict[nn.Module, Mxfp4Linear] = {}
     names: dict[Any, list[str]] = {}  # linears are not told from other modules by their type
     for name, module in model.named_modules(remove_duplicate=False):
@@ -100,8 +102,7 @@ def quantize_mxfp4(
     def reason_of(name: str, module: nn.Module) -> str | None:
         reason = _not_quantizable(module)
         if reason is None:
-            parent, _, child = name.rpartition(".")
-            reason = _replaceable.read_by(model.get_submodule(parent), child)
+            reason = _replaceable.read_by(modules, _compiled.plain(name))
         if reason is None and module in called_by_wrappers:
             return "torch.compile was given it by itself, and what it returned goes on to call it"
         if reason is None and keep is not None:
@@ -146,6 +147,8 @@ def _not_quantizable(module: nn.Module) -> str | None:
             return f"in_features is not a multiple of {_mxfp4.BLOCK}"
         if module.weight.dtype not in _mxfp4.INPUT_DTYPES:
             return f"the weight is {module.weight.dtype}"
+        if module.bias is not None and module.bias.dtype not in _mxfp4.INPUT_DTYPES:
+            return f"the bias is {module.bias.dtype}"
         return None
     parameters = list(module.parameters(recurse=False))
     if any(nn.parameter.is_lazy(p) for p in parameters):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fusionpasses import providers
 from fusionpasses.errors import UnsupportedInput
@@ -93,14 +94,15 @@ def declare(
 
     def run(*args: Any, provider: str = "auto", **kwargs: Any) -> Any:
         op.check(*args, **kwargs)
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        chosen = providers.select(name, device, provider)
+        device = _one_device(op, args, kwargs)
+        chosen = providers.select(name, device.type, provider)
         if chosen == "reference":
             return op.reference(*args, **kwargs)
         return providers.implementation(chosen, name)(*args, **kwargs)
 
     def run_fake(*args: Any, provider: str = "auto", **kwargs: Any) -> Any:
         op.check(*args, **kwargs)
+        _one_device(op, args, kwargs)  # one on the meta device is enough to come here
         return op.fake(*args, **kwargs)
 
     replayed = _launch.replayed(run)
@@ -114,6 +116,8 @@ def declare(
                         "is on; allowed: inputs that do not require grad. Call it under torch.no_grad() or "
                         "torch.inference_mode(), or pass x.detach()"
                     )
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(qualified, (*args, *kwargs.values()))
         if _nothing_else_handles(keyset.raw_repr()):
             return replayed(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -137,6 +141,29 @@ def declare(
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", run_fake, lib=_library)
     OPS[name] = op
     return op
+
+
+def _refuse_tangents(name: str, values: tuple[Any, ...]) -> None:
+    for position, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise UnsupportedInput(
+                f"fusionpasses::{name} has no derivative: argument {position} has a tangent of forward-mode AD; "
+                "allowed: inputs without one. Pass x.detach(), or differentiate the model that is not quantised"
+            )
+
+
+def _one_device(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device of all tensors of a call."""
+    names = (argument.name for argument in op.overload._schema.arguments)
+    given = [*zip(names, args, strict=False), *kwargs.items()]
+    (first, x), *others = ((name, value) for name, value in given if isinstance(value, torch.Tensor))
+    for name, tensor in others:
+        if tensor.device != x.device:
+            raise UnsupportedInput(
+                f"{name}.device: got {tensor.device}, allowed {x.device}, that of {first}; move one of them"
+            )
+    device: torch.device = x.device
+    return device
 
 
 @functools.cache

@@ -234,8 +234,9 @@ def _check_casts(gated: Gated) -> str | None:
     if gate is None:
         return None
     if gated.rounded_to is not None and gated.rounded_to != gate.dtype:
+        how = "widened" if gated.rounded_to == torch.float32 else "rounded"
         return (
-            f"the activation is rounded to {gated.rounded_to} before the product; the fused op rounds to gate's "
+            f"the activation is {how} to {gated.rounded_to} before the product; the fused op rounds to gate's "
             f"{gate.dtype}"
         )
     if gated.act_dtype not in (gate.dtype, torch.float32):
@@ -345,6 +346,13 @@ def explain(node: fx.Node) -> tuple[str, str]:
     if not _multiplies_two(node):
         alone = "the quantised tensor is an activation alone; the fused op multiplies it by up"
         return NOTHING, alone if any(_activations_at(_below_casts(node))) else ""
+    for activation in walked[1:]:
+        known = next(_activations_at(activation), None)
+        if known is not None:
+            name = known[0].name.partition(",")[0]
+            steps = ", ".join(str(step.target) for step in _behind(activation, walked))
+            reason = f"the activation is {name}, but the fused op does not do all that follows it: {steps}"
+            return REFUSED, reason + _views_among(walked[1:])
     # What is nearest to the product names the activation: its own steps come after it.
     root = roots[0]
     reason = NEAR_MISSES[root.target]
@@ -353,9 +361,13 @@ def explain(node: fx.Node) -> tuple[str, str]:
         reason += f" (its argument is multiplied by {inner.args[1]})"
     if any(n.target in _CLAMPS for n in walked):
         reason += " (and values are clamped)"
-    if any(is_row_view(n) for n in walked[1:]):
-        reason += "; nor does the recogniser look through a view between the activation and the product"
-    return REFUSED, reason
+    return REFUSED, reason + _views_among(walked[1:])
+
+
+def _views_among(walked: list[fx.Node]) -> str:
+    if any(map(is_row_view, walked)):
+        return "; nor does the recogniser look through a view between the activation and the product"
+    return ""
 
 
 def _walk(node: fx.Node) -> list[fx.Node]:
@@ -366,6 +378,15 @@ def _walk(node: fx.Node) -> list[fx.Node]:
         frontier = [n for n in dict.fromkeys(n for step in steps for n in step.all_input_nodes) if n not in seen]
         seen |= dict.fromkeys(frontier)
     return [*seen]
+
+
+def _behind(node: fx.Node, walked: list[fx.Node]) -> list[fx.Node]:
+    """Those that are computed from a node, in order."""
+    behind = {node: None}
+    for step in sorted(walked):
+        if any(source in behind for source in step.all_input_nodes):
+            behind[step] = None
+    return [*behind][1:]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
