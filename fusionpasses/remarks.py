@@ -32,8 +32,8 @@ def w4a4_without_fp4_arithmetic(graph: fx.Graph) -> list[str]:
             if name is not None and not probe_fp4_arithmetic(name):
                 counts[name] += 1
     return [
-        f"{count} mxfp4_gemm (W4A4) on {name}, which has no FP4 arithmetic: weight-only "
-        '(quantize_mxfp4(act="none")) is as fast and more exact, unless the checkpoint was made for W4A4'
+        f"{count} mxfp4_gemm (W4A4) on {name}, which has no FP4 arithmetic: unless the checkpoint was made for W4A4, "
+        'weight-only (quantize_mxfp4(act="none")) is more exact, and its products are as fast'
         for name, count in counts.items()
     ]
 

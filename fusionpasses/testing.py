@@ -3,8 +3,9 @@
 ::
 
     from fusionpasses.testing import assert_equivalent, assert_fused
-    assert_fused(model, (x,), {"rmsnorm_mxfp4_quant": 4, "rmsnorm_add_mxfp4_quant": 3})
-    assert_equivalent(model, (x,))
+    with torch.no_grad():
+        assert_fused(model, (x,), {"rmsnorm_mxfp4_quant": 4, "rmsnorm_add_mxfp4_quant": 3})
+        assert_equivalent(model, (x,))
 """
 
 from __future__ import annotations

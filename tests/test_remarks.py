@@ -19,8 +19,8 @@ UNKNOWN = ("interpreted", "gfx1300", "sm_", "xyz")
 
 def said(count, name):
     return (
-        f"{count} mxfp4_gemm (W4A4) on {name}, which has no FP4 arithmetic: weight-only "
-        '(quantize_mxfp4(act="none")) is as fast and more exact, unless the checkpoint was made for W4A4'
+        f"{count} mxfp4_gemm (W4A4) on {name}, which has no FP4 arithmetic: unless the checkpoint was made for W4A4, "
+        'weight-only (quantize_mxfp4(act="none")) is more exact, and its products are as fast'
     )
 
 

@@ -39,8 +39,9 @@ class Mxfp4Linear(nn.Module):
     After ``prepare()`` the first two hold the same weight in the order in which a kernel reads it. A weight that is
     loaded into a prepared layer is prepared, too; or stays as it is, if it cannot be: ``layout`` says which. It is then
     in other memory than before, and a CUDA graph that was captured by hand has to be captured again. What is not uint8
-    is an error of ``load_state_dict``: it would convert values, where bytes are meant. ``torch.func.functional_call``
-    with a state_dict wants an unprepared layer.
+    is an error of ``load_state_dict``: it would convert values, where bytes are meant. What wants an unprepared layer:
+    ``torch.func.functional_call`` with a state_dict, writing into a state_dict (of a prepared layer it is a copy), and
+    copying ``buffers()`` from layer to layer, which says nothing of their layout and shift.
 
     Attributes:
         in_features, out_features: as of nn.Linear.
