@@ -1022,7 +1022,8 @@ def test_names_of_any_script_and_length_are_written(tmp_path):
     fp.save_checkpoint(Small(), path, format="quark", config={"name": "été"})
     (path / "config.json").write_text(json.dumps(config_of(path), ensure_ascii=False), "utf-8")
     code = "import sys, fusionpasses as fp; print(ascii(fp.open_checkpoint(sys.argv[1]).config['name']))"
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code, "."], cwd=path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ascii("été"), done.stderr
 
