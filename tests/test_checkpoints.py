@@ -215,7 +215,7 @@ def test_names_of_each_format(spelling, config, tmp_path):
     ],
 )
 def test_excluded_patterns_are_read_as_their_format_means_them(spelling, pattern, yes, no):
-    from fusionpasses.nn._checkpoint_formats import Settings
+    from fusionpasses.nn._checkpoint_settings import Settings
 
     assert FORMATS[spelling].excluding(Settings("none", "even", ("nothing", pattern)), yes) == pattern
     assert FORMATS[spelling].excluding(Settings("none", "even", ("nothing", pattern)), no) is None

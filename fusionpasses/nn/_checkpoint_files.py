@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fusionpasses.errors import BadCheckpoint
-from fusionpasses.nn._checkpoint_formats import Format
+from fusionpasses.nn._checkpoint_settings import Format
 from fusionpasses.ops import _mxfp4
 
 INDEX = "model.safetensors.index.json"

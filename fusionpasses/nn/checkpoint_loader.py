@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fusionpasses.errors import BadCheckpoint, UnsupportedInput
-from fusionpasses.nn import _checkpoint_formats as formats
 from fusionpasses.nn import _compiled
 from fusionpasses.nn._checkpoint_files import Entry
 from fusionpasses.nn._checkpoint_plan import Plan, Slot, make_plan
+from fusionpasses.nn._checkpoint_settings import ACTS
 from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
 from fusionpasses.ops import _mxfp4
@@ -237,12 +237,12 @@ def _check_device(device: torch.device | str) -> None:
 
 
 def _check_activation(checkpoint: Checkpoint, act: str | None, scale_mode: str | None) -> tuple[str, str]:
-    if act is not None and act not in formats.ACTS:
-        raise UnsupportedInput(f"act: got {act!r}, allowed {', '.join(map(repr, formats.ACTS))}, or None")
+    if act is not None and act not in ACTS:
+        raise UnsupportedInput(f"act: got {act!r}, allowed {', '.join(map(repr, ACTS))}, or None")
     if scale_mode is not None:
         _mxfp4.check_scale_mode(scale_mode)
     for what, chosen, found, allowed in (
-        ("act", act, checkpoint.act, formats.ACTS),
+        ("act", act, checkpoint.act, ACTS),
         ("scale_mode", scale_mode, checkpoint.scale_mode, tuple(_mxfp4.SCALE_ADDEND)),
     ):
         if chosen is None and found not in allowed:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fusionpasses.errors import BadCheckpoint, UnsupportedInput
 from fusionpasses.nn import _checkpoint_files as files
 from fusionpasses.nn import _checkpoint_formats as formats
+from fusionpasses.nn._checkpoint_settings import Format, Settings
 from fusionpasses.ops import _mxfp4
 
 
@@ -78,8 +79,8 @@ class Checkpoint:
     def __init__(
         self,
         path: pathlib.Path,
-        spelling: formats.Format,
-        settings: formats.Settings,
+        spelling: Format,
+        settings: Settings,
         config: Mapping[str, Any],
         entries: Mapping[str, files.Entry],
         stamps: Mapping[str, object],
@@ -229,7 +230,7 @@ def open_checkpoint(path: str | pathlib.Path) -> Checkpoint:
                 f"{path}: got no quantization_config and no MXFP4 tensor, allowed a checkpoint in MXFP4; for others "
                 "use the model's own loader and quantize_mxfp4(model)"
             )
-        spelling, settings = found, formats.Settings(found.act_without_config)
+        spelling, settings = found, Settings(found.act_without_config)
     entries = files.pair(spelling, stored)
     for entry in entries.values():
         pattern = spelling.excluding(settings, entry.name)

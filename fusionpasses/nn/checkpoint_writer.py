@@ -23,6 +23,7 @@ from fusionpasses.nn import _checkpoint_files as files
 from fusionpasses.nn import _checkpoint_formats as formats
 from fusionpasses.nn import _compiled
 from fusionpasses.nn._checkpoint_plan import slots_of
+from fusionpasses.nn._checkpoint_settings import Format, Settings
 from fusionpasses.nn.checkpoint_reader import Checkpoint, Mxfp4Weight, open_checkpoint, scale_bytes
 from fusionpasses.nn.mxfp4_linear import Mxfp4Linear
 from fusionpasses.ops import _mxfp4
@@ -83,7 +84,7 @@ def save_checkpoint(
         raise UnsupportedInput(f"config: got {type(config).__name__}, allowed a mapping, the entries of config.json")
     found_act, found_mode, found_config = _settings_of(source, spelling)
     act = act or found_act
-    settings = formats.Settings(act or spelling.act_without_config, scale_mode or found_mode)
+    settings = Settings(act or spelling.act_without_config, scale_mode or found_mode)
     formats.check_settings(spelling, settings)
     if (os.path.lexists(path) and not path.is_dir()) or path.suffix == ".safetensors":
         raise UnsupportedInput(f"path: got {str(path)!r}, allowed a folder")
@@ -97,7 +98,7 @@ def save_checkpoint(
     try:
         tensors = _spelled(_tensors_of(source), spelling, says_act=act is not None)
         excluded = _write_tensors(tensors, temporary, max_shard_bytes)
-        settings = formats.Settings(settings.act, settings.scale_mode, tuple(excluded))
+        settings = Settings(settings.act, settings.scale_mode, tuple(excluded))
         document = _without_quantization(found_config if config is None else config)
         document["quantization_config"] = spelling.write_settings(settings)
         (temporary / files.CONFIG).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -192,7 +193,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: of(value) if isinstance(value, Mapping) else value for key, value in of(config).items()}
 
 
-def _settings_of(source: object, spelling: formats.Format) -> tuple[str | None, str, dict[str, Any]]:
+def _settings_of(source: object, spelling: Format) -> tuple[str | None, str, dict[str, Any]]:
     """act, scale mode and config.json of a source; no act if it does not say which of several."""
     if isinstance(source, Checkpoint):
         return source.act, source.scale_mode, dict(source.config)
@@ -232,7 +233,7 @@ def _tensors_of(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spelled(
-    tensors: Iterable[tuple[str, Any]], spelling: formats.Format, *, says_act: bool
+    tensors: Iterable[tuple[str, Any]], spelling: Format, *, says_act: bool
 ) -> Iterator[tuple[str, Tensor, str | None]]:
     """(name in the file, tensor, name of a module that is not quantised or None) of every tensor."""
     for name, tensor in _pairs(tensors):

@@ -22,6 +22,7 @@ from fusionpasses import providers
 from fusionpasses.anchors import Anchor
 from fusionpasses.patterns import _gated_activation
 from fusionpasses.patterns._gated_activation import Gated
+from fusionpasses.patterns._gated_near_miss import explain
 from fusionpasses.patterns._graph import SITE, call, effect_of, erase_dead, is_contiguous, tensor_of, writes
 from fusionpasses.patterns._pass import Guard, Judgement, first_failure
 from fusionpasses.patterns._quant import (
@@ -86,7 +87,7 @@ class SiluMulMxfp4Quant(QuantPass):
     def judge_quant(self, node: fx.Node, anchor: Anchor, base: fx.Node, left: Site) -> Judgement:
         gated = _gated_activation.recognise(base)
         if gated is None:
-            left.status, left.reason = _gated_activation.explain(base)
+            left.status, left.reason = explain(base)
             return Judgement(left, base, None) if left.reason else self.not_mine(left, base)
         left.where, left.spelling = Where.of(gated.root.meta), gated.spelling
         c = Candidate(gated, *self.readers(gated.root, anchor, scale_mode_of(node, anchor)), self._ordered)
