@@ -384,4 +384,6 @@ def _strides(x: torch.Tensor) -> list[int]:
 def _equal_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.numel() == 0:
         return True
-    return torch.equal(x.contiguous().flatten().view(torch.uint8), y.contiguous().flatten().view(torch.uint8))
+    # A single element may have any stride, which contiguous() keeps and a view as bytes refuses.
+    of_x, of_y = (z.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for z in (x, y))
+    return torch.equal(of_x, of_y)

@@ -161,3 +161,12 @@ def test_graphs_are_those_that_a_compile_gives_the_passes():
     assert torch.ops.aten.view.default not in nodes
     reshaped, product = (nodes[op].meta["val"] for op in (torch.ops.aten.reshape.default, torch.ops.aten.mm.default))
     assert reshaped.untyped_storage()._cdata == product.untyped_storage()._cdata
+
+
+@torch.no_grad()
+def test_a_single_element_may_have_any_stride():
+    """As ``grid[:, 0]`` of one image has."""
+    grid = torch.tensor([[1, 4, 4]])
+    result = assert_equivalent(lambda x, column: (x + 1, column * 2), (torch.randn(3), grid[:, 0]))
+    assert result.comparison.unequal == 0
+    assert_equivalent(lambda x, column: (x + 1, column), (torch.randn(3), grid.float()[:, 0]))
