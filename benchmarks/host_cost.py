@@ -46,6 +46,13 @@ SAMPLES = 100
 Call = Callable[[], Any]
 
 
+def random_weight(rows: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Prepared."""
+    codes = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.randint(118, 126, (rows, width // 32), dtype=torch.uint8, device=device)
+    return _mxfp4_weight.prepare(codes, scales)
+
+
 def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if "mla" in name:
         # As many tokens as x has rows, of four heads.
@@ -55,6 +62,12 @@ def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[A
         nope = ("up", "w_uk") if "bmm" in name else ("q_nope",) if "absorbed" in name else ()
         names = (*nope, "q_pe", "k_pe", "kv_c", "kv_cache", "cos", "sin", "slots")
         return tuple(b[name] for name in names), rope_mla_kv_cache.KWARGS | {"positions": b["positions"]}
+    if name.endswith("then_mlp"):
+        args, kwargs = arguments(name.replace("then_mlp", "then_gemm"), x, weight)
+        codes, scales, shift = random_weight(x.shape[-1], x.shape[-1] // 2, x.device)
+        down = {"codes": codes, "scales": scales, "layout": "tiles", "rows": x.shape[-1], "shift": shift}
+        down |= {"dtype": x.dtype}
+        return args, kwargs | {f"down_{key}": value for key, value in down.items()} | {"act_cast_order": "cast_mul"}
     if name.endswith("then_gemm"):
         args, kwargs = arguments(name.removesuffix("then_gemm").rstrip("._"), x, weight)
         (_, _, w_codes, w_scales, _), of_gemm = arguments("mxfp4_gemm.default", x, weight)
@@ -62,9 +75,7 @@ def arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[A
     if "gemm" in name:
         # As many rows as x has columns, prepared.
         n = x.shape[-1]
-        codes = torch.randint(0, 256, (n, n // 2), dtype=torch.uint8, device=x.device)
-        scales = torch.randint(118, 126, (n, n // 32), dtype=torch.uint8, device=x.device)
-        codes, scales, shift = _mxfp4_weight.prepare(codes, scales)
+        codes, scales, shift = random_weight(n, n, x.device)
         kwargs = {"layout": "tiles", "rows": n, "shift": shift}
         if "a16w4" in name:
             return (x, codes, scales, None), kwargs

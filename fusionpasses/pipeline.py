@@ -26,7 +26,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusionpasses import probes, providers, remarks, then_gemm, who_runs
+from fusionpasses import probes, providers, remarks, then_gemm, then_mlp, who_runs
 from fusionpasses.anchors import Anchor
 from fusionpasses.config import FusionConfig
 from fusionpasses.dump import DumpFolder
@@ -78,7 +78,8 @@ def op_name(target: Any) -> str:
 def count_ops(graph: fx.Graph) -> dict[str, int]:
     """Calls per op packet; a call wrapped by auto_functionalized counts as the op inside it, a joined one as both."""
     counts: Counter[str] = Counter()
-    joined = then_gemm.THEN_GEMM.values()
+    then = dict.fromkeys(then_gemm.THEN_GEMM.values(), ("mxfp4_gemm",))
+    then |= dict.fromkeys(then_mlp.THEN_MLP.values(), ("mxfp4_gemm", "silu_mul_mxfp4_quant", "mxfp4_gemm"))
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
@@ -86,8 +87,7 @@ def count_ops(graph: fx.Graph) -> dict[str, int]:
         if getattr(target, "__name__", "") in _HIGHER_ORDER_WRAPPERS and node.args:
             target = node.args[0]
         counts[op_name(target)] += 1
-        if target in joined:
-            counts["mxfp4_gemm"] += 1
+        counts.update(then.get(target, ()))
     return dict(counts)
 
 
@@ -144,7 +144,7 @@ class Pipeline(CustomGraphPass):
             self._observe("before", graph)
         left_out = [name for name in PASS_NAMES if self._config.passes is not None and name not in self._config.passes]
         if left_out:
-            names = ", ".join((*left_out, then_gemm.NAME))
+            names = ", ".join((*left_out, then_gemm.NAME, then_mlp.NAME))
             report.messages.append(f"not run, because passes={self._config.passes}: {names}")
         start = time.perf_counter()
         who_runs.pin_providers(graph)
@@ -177,6 +177,11 @@ class Pipeline(CustomGraphPass):
             said = GraphTransformObserver(module, then_gemm.NAME, subsystem="post_grad_passes").apply_graph_pass(
                 then_gemm.join
             )
+            if said is not None and said.joined:
+                mlps = GraphTransformObserver(module, then_mlp.NAME, subsystem="post_grad_passes").apply_graph_pass(
+                    then_mlp.join
+                )
+                said.joined.extend(mlps or ())
             seconds += time.perf_counter() - start
             if said is not None:
                 report.messages += [*said.joined, *said.left]

@@ -91,7 +91,7 @@ def join(graph: fx.Graph, pays: Callable[[Pair], Verdict] = saves_a_launch) -> S
     """Join the pairs for which it pays, and say so."""
     joined: Counter[str] = Counter()
     lacking: Counter[tuple[str, str]] = Counter()
-    writers = [node for node in graph.nodes if _has_effect(node)]
+    writers = [node for node in graph.nodes if has_effect(node)]
     for node in list(graph.nodes):
         pair = _pair_of(node)
         if pair is None or not _may_move(pair, writers):
@@ -154,7 +154,7 @@ def _axes(result: fx.Node, view: object) -> int:
     return before.dim() - kept if whole else 0
 
 
-def _has_effect(node: fx.Node) -> bool:
+def has_effect(node: fx.Node) -> bool:
     """Does it do anything that what comes after may see: write, or wait for another stream?"""
     if node.op != "call_function":
         return False

@@ -477,7 +477,7 @@ def test_what_quantises_needs_the_promise_and_a_new_release():
     for op, why in _aiter_numerics.NEVER.items():
         assert _aiter_numerics.serves(op, level=Level.FAST) == Verdict(False, f"{why}; no setting admits it")
     # What is joined is Triton's already.
-    assert FUNCTIONS.keys() | _aiter_numerics.NEVER.keys() == {op for op in OPS if not op.endswith("then_gemm")}
+    assert FUNCTIONS.keys() | _aiter_numerics.NEVER.keys() == {op for op in OPS if "then_" not in op}
     routes = {(op, function) for op, functions in FUNCTIONS.items() for function in functions}
     assert routes == {(op, function) for op, of_op in _aiter_rules.RULES.items() for function in of_op}
     assert routes == aiter._RUN.keys()

@@ -609,7 +609,7 @@ def test_no_passes_fuse_nothing():
     model, x = Projection(), tokens()
     result = compile_and_run(model, x, backend=fp.fusion_backend(passes=()))
     (graph,) = result.report.graphs
-    message = f"not run, because passes=(): {', '.join((*PASS_NAMES, 'then_gemm'))}"
+    message = f"not run, because passes=(): {', '.join((*PASS_NAMES, 'then_gemm', 'then_mlp'))}"
     assert (graph.sites, graph.messages, graph.ops_before) == ([], [message], graph.ops_after)
 
 

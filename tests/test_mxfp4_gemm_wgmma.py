@@ -134,6 +134,8 @@ class Warpgroups:
             "barrier",
             "multiply",
             "finish",
+            "put",
+            "take",
         ):
             setattr(_warpgroup, name, getattr(self, name))
 
@@ -192,6 +194,8 @@ class Warpgroups:
         self.under_way: list[range] = []
         self.read: list[range] = []
         self.sums: Any = None
+        self.put_at: set[int] = set()  # what threads have put and taken since they met
+        self.taken: set[int] = set()
 
     def end(self) -> None:
         """Of a program."""
@@ -208,6 +212,7 @@ class Warpgroups:
         self.phases |= self.new
         self.new = {}
         self.read = []
+        self.put_at, self.taken = set(), set()
 
     def fetch(self, wanted: Any, address: Any, at: Any, barrier: Any, size: Any) -> None:
         at, barrier, size = _int(at), _int(barrier), _int(size)
@@ -303,6 +308,27 @@ class Warpgroups:
             self.words[place] = _NOTHING
         return words
 
+    def put(self, offset: Any, bits: Any, at: Any) -> None:
+        import numpy as np
+
+        places = _int(at) + offset.handle.data
+        assert (places % 2 == 0).all()
+        assert len(set(places)) == self.threads, "two numbers in one place"
+        assert not self.taken & set(places // 16), "a number over one that is taken"
+        self.put_at |= set(places // 16)
+        self.words.view(np.uint16)[places // 2] = bits.handle.data.astype(np.uint16)
+
+    def take(self, offset: Any, at: Any) -> Any:
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        places = _int(at) + offset.handle.data
+        assert (places % 16 == 0).all()
+        assert not self.put_at & set(places // 16), "taken before all threads have put theirs"
+        self.taken |= set(places // 16)
+        kind = tl.block_type(tl.uint32, [self.threads])
+        return tuple(tl.tensor(TensorHandle(self.words[places // 4 + i], tl.uint32), kind) for i in range(4))
+
     def multiply(self, sums: Any, low: Any, high: Any, tiles: Any, at: Any, behind: Any) -> Any:
         import numpy as np
 
@@ -390,6 +416,7 @@ def check_products() -> None:
     emulated.emulate()
     from fusionpasses.kernels import mxfp4_gemm_wgmma as kernels
     from fusionpasses.kernels.arch import PLAIN
+    from fusionpasses.providers import _triton_gemm_wgmma
 
     for seed in range(16):
         rng = random.Random(seed)
@@ -458,6 +485,7 @@ def check_products() -> None:
             UNROLLED=unrolled,
             PIECES=pieces,
             ISA=PLAIN,
+            **_triton_gemm_wgmma.NOT_GATED,
         )
         emulated.end()
         _check_same(out, values @ want_w.T + (0 if bias is None else bias), f"seed {seed}")
@@ -506,7 +534,72 @@ def check_adapter() -> None:
         _check_same(out, values @ _mxfp4.dequantize(codes, scales).T + bias, f"{tokens} tokens")
 
 
-GROUPS = {"products": check_products, "adapter": check_adapter}
+def check_gated() -> None:
+    """Gate times up, quantised where they were summed, is what silu_mul_mxfp4_quant makes of them, to the byte."""
+    triton_interpreter.cast_bfloat16_as_gpus_do()
+    from fusionpasses.kernels import _pieces
+
+    plain = _pieces.multiply_word
+    emulated = Warpgroups()
+    emulated.emulate()
+    _pieces.multiply_word = plain  # products of activations are not exact
+    from fusionpasses.kernels import mxfp4_gemm_wgmma as kernels
+    from fusionpasses.kernels.arch import INTERPRETED
+    from fusionpasses.providers import _destination, _launch, _triton_gemm_wgmma, triton
+    from fusionpasses.providers._product import Product
+
+    def scratch(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = torch.full(shape, 7 if dtype == torch.int32 else torch.nan, dtype=dtype)
+        if dtype == torch.float32:
+            emulated.partial = memory
+        return memory
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        kernel[grid](*args, **{name: value for name, value in constants.items() if name in kernel.arg_names})
+
+    _launch.scratch, _launch.launch = scratch, launch
+    contracts = ("silu", "cast_mul"), ("silu", "mul_cast"), ("gelu_tanh", "cast_mul"), ("x_sigmoid", "cast_each")
+    for seed, tokens in enumerate((1, 5, 9, 16, 17, 23, 25, 32)):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        inner, width = 128 * rng.choice((1, 2, 3)), 256 * rng.choice((1, 2))
+        activation, cast_order = contracts[seed % 4]
+        mode = rng.choice(("even", "floor"))
+        codes, scales = weight(2 * inner, width, 120, 126)
+        w, exponents, shift = _mxfp4_weight.prepare(codes, scales)
+        x = torch.randn(tokens, width).bfloat16()
+        options = kernels.launch_options(tokens, 2 * inner, width, INTERPRETED)
+        tiles = -(-2 * inner // (64 * options["WARPGROUPS"])) * (width // (128 * options["UNROLLED"]))
+        options["PROGRAMS"] = rng.choice((1, tiles, rng.randint(1, tiles)))
+        ordered = _triton_gemm_wgmma.destination(x, tokens, width, options)
+        sizes = tokens, 2 * inner, width, "tiles", shift, INTERPRETED
+        _triton_gemm_wgmma._interleave(Product(x, None, w, exponents, None, x, *sizes), ordered)
+        emulated.sources, emulated.flags = (ordered.codes, w, exponents), ordered.scales
+        both = torch.full((tokens, 2 * inner), torch.nan).bfloat16()
+        _triton_gemm_wgmma.multiply(Product(x, None, w, exponents, None, both, *sizes, ordered), options)
+        emulated.end()
+
+        next_tiles = rng.choice((0, options["TOKEN_TILES"], 1))
+        shape = -(-tokens // (8 * max(next_tiles, 1))), inner // 128, 1024 * max(next_tiles, 1)
+        flags = [torch.full((300,), 7, dtype=torch.int32) if next_tiles else None for _ in range(2)]
+        want, got = (
+            _destination.Destination(torch.full(shape, torch.nan).bfloat16(), each, next_tiles) for each in flags
+        )
+        triton._silu_mul_mxfp4_quant(
+            *both.chunk(2, -1), activation=activation, cast_order=cast_order, scale_mode=mode, into=want
+        )
+        ordered.scales.zero_()
+        gated = _triton_gemm_wgmma.Gated(got, activation, cast_order, mode)
+        product = Product(ordered.codes, None, w, exponents, None, got.codes, *sizes, ordered)
+        _triton_gemm_wgmma.multiply(product, options, gated)
+        emulated.end()
+        what = f"{tokens} tokens, {inner} x {width}, {activation}, {cast_order}, {next_tiles}"
+        assert torch.equal(got.codes.view(torch.int16), want.codes.view(torch.int16)), what
+        assert bool(want.codes.isnan().any()) == (tokens % (8 * max(next_tiles, 1)) != 0), what
+        assert got.scales is None or not got.scales.any(), what
+
+
+GROUPS = {"products": check_products, "adapter": check_adapter, "gated": check_gated}
 
 
 @needs_triton

@@ -572,7 +572,7 @@ def test_a_pass_that_is_not_enabled_says_so():
     assert result.report.sites() == []
     assert result.report.graphs[0].messages == [
         "not run, because passes=(): rmsnorm_mxfp4_quant, silu_mul_mxfp4_quant, fused_rope_mla_kv_cache, "
-        "dynamic_mxfp4_quant, then_gemm"
+        "dynamic_mxfp4_quant, then_gemm, then_mlp"
     ]
 
 

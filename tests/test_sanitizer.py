@@ -47,16 +47,21 @@ def calls(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...], dict[str
         elif name.startswith("mxfp4_gemm"):
             yield from _products(name, device)
         else:
-            then_gemm = name.endswith("then_gemm")
-            for rows, n in SHAPES_THEN_GEMM if then_gemm else SHAPES:
+            then = "then_" in name
+            for rows, n in SHAPES_THEN_GEMM if then else SHAPES:
                 given: dict[str, Any] = {
                     **{x: torch.randn(rows, n, device=device).bfloat16() for x in ("x", "residual", "gate", "up")},
                     "weight": torch.randn(n, device=device).bfloat16(),
                     "eps": 1e-6,
                     "cast_order": "cast_mul" if "gate" in arguments else "cast_scale",
                 }
-                if then_gemm:
-                    given |= _weight(2**25 // n + 4, n, device) | {"out_dtype": torch.bfloat16}
+                if then:
+                    mlp = name.endswith("then_mlp")
+                    up = 2**27 // n if mlp else 2**25 // n + 4
+                    given |= _weight(up, n, device) | {"out_dtype": torch.bfloat16}
+                    down = _weight(n, up // 2, device) if mlp else {}
+                    given |= {f"down_{key.removeprefix('w_')}": value for key, value in down.items()}
+                    given |= {"down_dtype": torch.bfloat16, "act_cast_order": "cast_mul"}
                 schema = [a for a in OPS[name].overload._schema.arguments if a.name in given]
                 by_name = {a.name: given[a.name] for a in schema if a.kwarg_only}
                 yield name, tuple(given[a.name] for a in schema if not a.kwarg_only), by_name

@@ -33,6 +33,7 @@ ALLOWED = {
     "remarks": {"kernels", "patterns", "probes"},
     "who_runs": {"patterns", "providers", "remarks", "report"},
     "then_gemm": {"_verdict", "kernels", "patterns", "remarks"},
+    "then_mlp": {"kernels", "ops", "patterns", "remarks", "then_gemm"},
     "pipeline": {
         "anchors",
         "config",
@@ -44,6 +45,7 @@ ALLOWED = {
         "remarks",
         "report",
         "then_gemm",
+        "then_mlp",
         "who_runs",
     },
     "records": {"report"},

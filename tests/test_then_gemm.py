@@ -105,7 +105,7 @@ def test_not_where_only_some_passes_are_asked_for() -> None:
         torch.compile(model, backend=backend)(*inputs)
     (report,) = backend.report.graphs
     assert report.messages[0].endswith(
-        ": silu_mul_mxfp4_quant, fused_rope_mla_kv_cache, dynamic_mxfp4_quant, then_gemm"
+        ": silu_mul_mxfp4_quant, fused_rope_mla_kv_cache, dynamic_mxfp4_quant, then_gemm, then_mlp"
     )
     assert not [line for line in report.messages if "joined" in line]
 

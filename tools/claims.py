@@ -70,6 +70,8 @@ def _of_a_product(launch: Launch) -> dict[str, Any]:
     columns = f["UNROLLED"] if by_warpgroups else 0
     of_dots |= {"weight first": ptx and first, "copies": 6 * columns or (ptx and 3 * f.get("STAGES", 0))}
     of_dots |= {"columns": columns}
+    if f.get("GATE_TILES") is not None:
+        counts["codes"] = 4  # words of a quarter of a block
     return {"PTX": ptx and not first, "dtype": "", "products": products, **of_dots, **counts}
 
 

@@ -50,6 +50,7 @@ from tools.configs import (
 )
 from tools.dot_configs import DOT_CHAINS, DotConfig
 from tools.launches import compile_launch, launches
+from tools.mlp_configs import MLP_CHAINS, MlpConfig
 from tools.order_configs import ORDER_CHAINS, OrderConfig
 from tools.pair_configs import PAIR_CHAINS, PairConfig
 
@@ -119,6 +120,13 @@ FAMILIES = (
             *("dynamic_mxfp4_quant", "rmsnorm_mxfp4_quant", "rmsnorm_mxfp4_quant_pair", "silu_mul_mxfp4_quant"),
         ),
         "for products\nthat put their tokens in order, dtypes, strides and scale modes in turn.",
+    ),
+    Family(
+        "mlps",
+        MlpConfig,
+        tuple(MLP_CHAINS),
+        (*_OF_QUANTS, "_gated_tile", "_warpgroup", "mxfp4_gemm_wgmma", "silu_mul_mxfp4_quant", "gemm_choice"),
+        "three models'\nsizes, each tile of tokens; activations, roundings and scale modes in turn.",
     ),
     Family(
         "dots",

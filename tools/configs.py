@@ -13,6 +13,7 @@ import torch
 from fusionpasses.kernels import gemm_choice, mxfp4_gemm
 from fusionpasses.kernels.arch import Arch
 from tools.dot_configs import DotConfig, every_dot, some_dots
+from tools.mlp_configs import MlpConfig, every_mlp, some_mlps
 from tools.order_configs import OrderConfig, every_order, some_orders
 from tools.pair_configs import PairConfig, every_pair, some_pairs
 
@@ -288,7 +289,7 @@ SIZES = {"DeepSeek": (512, 512, 64), "odd": (36, 33, 6)}
 
 #: The op's name, and arguments without data.
 Call = tuple[str, list[Any], dict[str, Any]]
-AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig | DotConfig | PairConfig | OrderConfig
+AnyConfig = Config | GatedConfig | GemmConfig | CacheConfig | DotConfig | PairConfig | OrderConfig | MlpConfig
 
 
 #: The grid on which the heuristics are asked: four widths from each power of two to the next, those of models between.
@@ -408,7 +409,16 @@ def pairwise() -> list[AnyConfig]:
     gemms = [*some, *gemms]
     gemms = [c for c in gemms if (c.layout, c.tokens) not in (("linear", 1), ("linear", 64), ("tiles", 16))]
     writes = map(_cache_config, covering(CACHE_FACTORS))
-    return [*quants, *gated, *gemms, *writes, *some_dots(TARGETS), *some_pairs(TARGETS), *some_orders(TARGETS)]
+    return [
+        *quants,
+        *gated,
+        *gemms,
+        *writes,
+        *some_dots(TARGETS),
+        *some_pairs(TARGETS),
+        *some_orders(TARGETS),
+        *some_mlps(TARGETS),
+    ]
 
 
 def every_gemm() -> list[GemmConfig]:
@@ -504,7 +514,13 @@ def every(launches: Launches) -> list[AnyConfig]:
             configs.append(next((c for c in others if any(x.tile == tile for x in launches(c))), plain))
     # A gated quant's tile depends on the number of blocks alone, and the subset has both.
     gated = [config for config in pairwise() if isinstance(config, GatedConfig)]
-    others = [*every_gemm(), *every_dot(TARGETS), *every_pair(TARGETS, covering), *every_order(TARGETS)]
+    others = [
+        *every_gemm(),
+        *every_dot(TARGETS),
+        *every_pair(TARGETS, covering),
+        *every_order(TARGETS),
+        *every_mlp(TARGETS),
+    ]
     return [*configs, *heads_first(), *gated, *others]
 
 

@@ -22,6 +22,7 @@ import torch
 from fusionpasses import kernels
 from tools.configs import DTYPES, FP8, GEMM_CHAINS, TARGETS, AnyConfig, Target
 from tools.dot_configs import DOT_CHAINS, DotConfig, shared_memory
+from tools.mlp_configs import MlpConfig
 from tools.order_configs import OrderConfig
 
 #: Constants that the op's arguments decide; the others are the heuristics'.
@@ -30,7 +31,7 @@ _OF_A_CACHE = ("LATENT", "NEGATIVE_SLOTS", "PAGE", "SCALING")
 _OF_A_NORM = ("ROW_BLOCKS", "ROUND_BEFORE_WEIGHT", "ROUND_RESULT")
 _OF_A_SECOND_NORM = ("ROW_BLOCKS2", "ROUND_BEFORE_WEIGHT2", "ROUND_RESULT2")
 _OF_AN_ACTIVATION = ("ACTIVATION", "CAST_ORDER")
-_OF_A_PRODUCT = ("K", "LAYOUT", "K_BLOCKS", "FLAGS")
+_OF_A_PRODUCT = ("K", "LAYOUT", "K_BLOCKS", "FLAGS", "GATE_TILES", "NEXT_FLAGS")
 _OF_NORMS = (*_OF_A_NORM, *_OF_A_SECOND_NORM)
 _OF_ARGUMENTS = ("SCALE_ADDEND", "ISA", *_OF_A_PRODUCT, *_OF_AN_ACTIVATION, *_OF_NORMS, *_OF_A_ROTATION, *_OF_A_CACHE)
 
@@ -147,6 +148,8 @@ def launches(config: AnyConfig) -> list[Launch]:
             provider.ADAPTERS[name](*arguments, **keywords)
     if isinstance(config, OrderConfig):
         return recorded[:1]  # the product is another family
+    if isinstance(config, MlpConfig):
+        return recorded[1:2]
     wanted = DOT_CHAINS.get(config.chain) or GEMM_CHAINS.get(config.chain, ("", ""))[1]
     return [launch for launch in recorded if wanted in ("", launch.kernel.__name__)][: 1 if wanted else None]
 

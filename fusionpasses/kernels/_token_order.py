@@ -85,3 +85,31 @@ def store(
         for j in tl.static_range(4):
             of_eighths = eighths[0][j], eighths[1][j], eighths[2][j], eighths[3][j]
             _pieces.store4(place + j * (TOKEN_TILES * 32), of_eighths, mask, MASKED)
+
+
+@triton.jit
+def store_quarter(
+    out_ptr,
+    row,
+    block,  # of a row
+    quarter,  # of the block; all three of each thread
+    codes,  # a word
+    scale,
+    mask,
+    BLOCKS: tl.constexpr,  # of a row
+    TOKEN_TILES: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """The same of a quarter of a block in each thread, as ``_mxfp4.quantize_quarter`` gives it."""
+    tile, g = row // 8, row % 8
+    column, q = block // 4, block % 4
+    pairs = _mxfp4_words.scaled(codes, _mxfp4_words.power(scale.to(tl.uint32)), LINEAR, ISA)
+    eight = _mxfp4_words.together(pairs, ISA)
+    words = out_ptr.to(tl.pointer_type(tl.uint32))
+    for j in tl.static_range(4):
+        if TOKEN_TILES == 0:
+            at = (((tile * (BLOCKS // 4) + column) * 4 + q) * 8 + g) * 16 + quarter * 4 + j
+        else:
+            first = ((tile // TOKEN_TILES * (BLOCKS // 4) + column) * 4 + q) * 4 + j
+            at = (first * TOKEN_TILES + tile % TOKEN_TILES) * 32 + g * 4 + quarter
+        tl.store(words + at, eight[j], mask=mask)

@@ -80,6 +80,19 @@ def _read_text(at, threads, left):
 
 
 @triton.constexpr_function
+def _put_text(at):
+    return (
+        "{ .reg .b32 s; .reg .b16 h; mov.u32 s, space; add.u32 s, s, $1; cvt.u16.u32 h, $2; "
+        f"st.shared.b16 [s+{at}], h; mov.u32 $0, $1; }}"
+    )
+
+
+@triton.constexpr_function
+def _take_text(at):
+    return f"{{ .reg .b32 s; mov.u32 s, space; add.u32 s, s, $4; ld.shared.v4.b32 {{$0, $1, $2, $3}}, [s+{at}]; }}"
+
+
+@triton.constexpr_function
 def _multiply_text(tiles, at, behind):
     sums = ", ".join(f"${i}" for i in range(4 * tiles))
 
@@ -203,6 +216,20 @@ def raised(wanted, address):
 def barrier(thread):
     """Of all warps."""
     _asm("bar.sync 0; mov.u32 $0, $1;", "=r,r", [thread])
+
+
+@triton.jit
+def put(offset, bits, AT: tl.constexpr):
+    """16 bits of each thread to shared memory, ``offset`` bytes behind AT."""
+    _asm(_put_text(AT), "=r,r,r", [offset, bits])
+
+
+@triton.jit
+def take(offset, AT: tl.constexpr):
+    """Four words from there, of each thread; ``offset`` is a multiple of 16. A ``barrier`` is between what was put."""
+    return tl.inline_asm_elementwise(
+        _take_text(AT), "=&r,=&r,=&r,=&r,r", [offset], dtype=(tl.uint32,) * 4, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
+from fusionpasses.kernels import _gated_tile, mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
 from fusionpasses.kernels.arch import Arch
 
 _COLUMN = 128  # elements of K
@@ -36,6 +36,23 @@ def token_order(choice: Choice, tokens: int, rows: int, width: int, layout: str)
     if choice.kernel == "mxfp4_gemm" and not mxfp4_gemm.decodes_tokens(tokens, rows, width):
         return 0 if width % _COLUMN == 0 else None
     return None
+
+
+def gated(
+    tokens: int, rows: int, width: int, rows_behind: int, arch: Arch, *, layout: str, layout_behind: str
+) -> tuple[Choice, Choice] | None:
+    """Choices of a gated MLP's two products, if the first can quantise gate times up as the second reads it, or None.
+
+    ``rows`` are gate's and as many of up, in one weight; the second's is ``[rows_behind, rows / 2]``.
+    """
+    first = choose(tokens, rows, width, arch, w4a4=True, layout=layout)
+    if first.kernel != "mxfp4_gemm_wgmma" or token_order(first, tokens, rows, width, layout) is None:
+        return None
+    second = choose(tokens, rows_behind, rows // 2, arch, w4a4=True, layout=layout_behind)
+    if token_order(second, tokens, rows_behind, rows // 2, layout_behind) is None:
+        return None
+    # Both halves are whole columns of the second's x, so each tile of rows is half of gate's and half of up's.
+    return (first, second) if first.options["TOKEN_TILES"] <= _gated_tile.MOST_TOKEN_TILES else None
 
 
 def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False, layout: str = "linear") -> Choice:

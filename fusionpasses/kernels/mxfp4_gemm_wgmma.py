@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusionpasses.kernels import _mxfp4_words, _warpgroup, mxfp4_gemm
+from fusionpasses.kernels import _gated_tile, _mxfp4_words, _token_order, _warpgroup, mxfp4_gemm
 from fusionpasses.kernels._mxfp4_words import TILES
 from fusionpasses.kernels._pieces import PTX
 from fusionpasses.kernels.arch import Arch
@@ -150,9 +150,23 @@ def _first_step(p, steps_each, left_over, programs):
 
 
 @triton.jit
-def _weight_of(tile, unit, groups, warp, w, scales, UNROLLED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _weight_of(
+    tile,
+    unit,
+    groups,
+    warp,
+    w,
+    scales,
+    UNROLLED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPGROUPS: tl.constexpr,
+    GATE_TILES: tl.constexpr,
+):
     """Where a thread's part of the weight is, and its tile of 16 rows."""
-    row_tile = tile // groups * ROWS + warp
+    if GATE_TILES is None:
+        row_tile = tile // groups * (WARPGROUPS * 4) + warp
+    else:
+        row_tile = _gated_tile.row_tile(tile // groups, warp, GATE_TILES, WARPGROUPS)
     at = row_tile.to(tl.int64) * COLUMNS + unit * UNROLLED
     return w + at * 1024, scales + at * 64, row_tile
 
@@ -211,10 +225,18 @@ def mxfp4_gemm_wgmma(
     UNROLLED: tl.constexpr,  # columns of a step, and how many of the weight a thread has on their way
     PIECES: tl.constexpr,  # of a column of x, each copied by itself; 1, 2 or 4
     ISA: tl.constexpr,
+    # None, as what is below, or rows are so many tiles of 16 of gate, then as many of up: out is then their product,
+    # quantised, as the next product reads it, TOKEN_TILES of _token_order.
+    GATE_TILES: tl.constexpr,
+    NEXT_TILES: tl.constexpr,
+    next_flags_ptr,  # or None; int32 [NEXT_FLAGS]: made 0
+    NEXT_FLAGS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CAST_ORDER: tl.constexpr,
+    SCALE_ADDEND: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (K // 32 + 3) // 4
     UNITS: tl.constexpr = (COLUMNS + UNROLLED - 1) // UNROLLED
-    ROWS: tl.constexpr = WARPGROUPS * 4
     THREADS: tl.constexpr = WARPGROUPS * 128
     X: tl.constexpr = TOKEN_TILES * 2048  # bytes of a column of x
     PIECE: tl.constexpr = X // PIECES
@@ -223,6 +245,7 @@ def mxfp4_gemm_wgmma(
     W: tl.constexpr = THREADS * 40
     FIRST_W: tl.constexpr = UNROLLED * X
     FIRST_BARRIER: tl.constexpr = FIRST_W + UNROLLED * W
+    END: tl.constexpr = FIRST_BARRIER + (LAST + 1) * 8
     SUMS: tl.constexpr = TOKEN_TILES * 4
     # Sums of other programs that are loaded at once: a load takes as long as hundreds of additions.
     AT_ONCE: tl.constexpr = 6 if TOKEN_TILES <= 2 else 3 if TOKEN_TILES <= 4 else 2 if TOKEN_TILES <= 8 else 1
@@ -239,14 +262,20 @@ def mxfp4_gemm_wgmma(
     tile = begin // UNITS
     unit = begin - tile * UNITS
 
-    _warpgroup.space(thread, FIRST_BARRIER + (LAST + 1) * 8)
+    GATED_AT: tl.constexpr = (END + 15) // 16 * 16
+    if GATE_TILES is None:
+        _warpgroup.space(thread, END)
+    else:
+        _warpgroup.space(thread, GATED_AT + _gated_tile.space(TOKEN_TILES, WARPGROUPS))
     _warpgroup.barriers(thread, FIRST_BARRIER, LAST + 1)
     w = w_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane * 16
     scales = w_scales_ptr.to(tl.uint64, bitcast=True).to(tl.int64) + lane // 4 * 8
     policy = _warpgroup.read_once(thread)
     # Of the step to be copied next: its tile, its place in it, and how many there are.
     next_tile, next_unit, left = tile, unit, end - begin
-    next_w, next_scales, row_tile = _weight_of(tile, unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
+    next_w, next_scales, row_tile = _weight_of(
+        tile, unit, groups, warp, w, scales, UNROLLED, COLUMNS, WARPGROUPS, GATE_TILES
+    )
     for i in tl.static_range(UNROLLED):
         exists = row_tile < row_tiles
         _copy_column(thread, next_w, next_scales, exists, next_unit, policy, i, FIRST_W, W, UNROLLED, COLUMNS)
@@ -255,7 +284,9 @@ def mxfp4_gemm_wgmma(
     if next_unit == UNITS:
         next_tile += 1
         next_unit = 0
-    next_w, next_scales, row_tile = _weight_of(next_tile, next_unit, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS)
+    next_w, next_scales, row_tile = _weight_of(
+        next_tile, next_unit, groups, warp, w, scales, UNROLLED, COLUMNS, WARPGROUPS, GATE_TILES
+    )
     _warpgroup.barrier(thread)
     if ISA == PTX:
         # The kernel before is mxfp4_gemm_interleave, which has itself waited for all that may have written the weight.
@@ -311,7 +342,7 @@ def mxfp4_gemm_wgmma(
                 next_tile += 1
                 next_unit = 0
                 next_w, next_scales, row_tile = _weight_of(
-                    next_tile, 0, groups, warp, w, scales, UNROLLED, COLUMNS, ROWS
+                    next_tile, 0, groups, warp, w, scales, UNROLLED, COLUMNS, WARPGROUPS, GATE_TILES
                 )
         sums = _warpgroup.finish(sums, TOKEN_TILES)
         late = _warpgroup.afresh(thread)
@@ -357,10 +388,32 @@ def mxfp4_gemm_wgmma(
                     sums = new
                 theirs += AT_ONCE * SUMS * THREADS
                 others -= AT_ONCE
-            row = (tile // groups * ROWS + late // 32) * 16 + late % 32 // 4
-            token = tile % groups * (TOKEN_TILES * 8) + late % 4 * 2
-            for n in tl.static_range(TOKEN_TILES):
-                part = sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]
-                mxfp4_gemm.store_tile(part, 0, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
+            if GATE_TILES is None:
+                row = (tile // groups * (WARPGROUPS * 4) + late // 32) * 16 + late % 32 // 4
+                token = tile % groups * (TOKEN_TILES * 8) + late % 4 * 2
+                for n in tl.static_range(TOKEN_TILES):
+                    part = sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]
+                    mxfp4_gemm.store_tile(part, 0, n, row, token, bias_ptr, out_ptr, tokens, rows, factor, thread >= 0)
+            else:
+                _gated_tile.store(
+                    sums,
+                    late,
+                    tile // groups,
+                    tile % groups * (TOKEN_TILES * 8),
+                    tokens,
+                    factor,
+                    out_ptr,
+                    GATED_AT,
+                    TOKEN_TILES,
+                    WARPGROUPS,
+                    GATE_TILES // 2,
+                    NEXT_TILES,
+                    ACTIVATION,
+                    CAST_ORDER,
+                    SCALE_ADDEND,
+                    ISA,
+                )
         tile += 1
         unit = tl.zeros([], tl.int32)
+    if GATE_TILES is not None:
+        _token_order.lower_flags(next_flags_ptr, NEXT_FLAGS)

@@ -107,6 +107,31 @@ def _activations(e, ACTIVATION: tl.constexpr, CAST_ORDER: tl.constexpr, ISA: tl.
     )
 
 
+@triton.jit
+def gated_product(
+    gate,
+    up,  # both pieces as loaded
+    dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CAST_ORDER: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """Of a piece: four words of a 16-bit dtype if it is rounded to that, else eight float32."""
+    e = _activations(_pieces.floats_of(gate, dtype), ACTIVATION, CAST_ORDER, ISA)
+    if CAST_ORDER != "mul_cast" and dtype != tl.float32:
+        words = _pieces.to_words(e, dtype, ISA)
+        if CAST_ORDER == "cast_each":
+            words = _pieces.multiply_words(words, gate, dtype, ISA)
+        return _pieces.multiply_words(words, up, dtype, ISA)
+    else:
+        e = _pieces.multiply(e, _pieces.floats_of(up, dtype))
+        if ROUNDS:
+            return _pieces.to_words(e, dtype, ISA)
+        else:
+            return e
+
+
 @triton.jit(do_not_specialize=["row_blocks", "blocks"])
 def silu_mul_mxfp4_quant(
     gate_ptr,
@@ -130,8 +155,7 @@ def silu_mul_mxfp4_quant(
     ISA: tl.constexpr,
 ):
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    MULTIPLIES_WORDS: tl.constexpr = CAST_ORDER != "mul_cast" and dtype != tl.float32
-    ROUNDS: tl.constexpr = MULTIPLIES_WORDS or (ROUND_RESULT and dtype != tl.float32)
+    ROUNDS: tl.constexpr = (CAST_ORDER != "mul_cast" or ROUND_RESULT) and dtype != tl.float32
     WORDS: tl.constexpr = ROUNDS and ISA == PTX
     if ISA == PTX:
         # Launched before the kernel in front has ended (``launch_pdl``): wait for its writes, let the next one come.
@@ -172,30 +196,20 @@ def silu_mul_mxfp4_quant(
         ups = ups + (_pieces.load_piece(up_row, block * BLOCK + p * 8, mask, MASKED, ""),)
     values = ()
     for p in tl.static_range(4):
-        e = _activations(_pieces.floats_of(gates[p], dtype), ACTIVATION, CAST_ORDER, ISA)
-        if MULTIPLIES_WORDS:
-            words = _pieces.to_words(e, dtype, ISA)
-            if CAST_ORDER == "cast_each":
-                words = _pieces.multiply_words(words, gates[p], dtype, ISA)
-            words = _pieces.multiply_words(words, ups[p], dtype, ISA)
-        else:
-            e = _pieces.multiply(e, _pieces.floats_of(ups[p], dtype))
-            if ROUNDS:
-                words = _pieces.to_words(e, dtype, ISA)
+        product = gated_product(gates[p], ups[p], dtype, ACTIVATION, CAST_ORDER, ROUNDS, ISA)
         if ROUNDS and not WORDS:
-            e = _pieces.to_floats(words, dtype)
+            e = _pieces.to_floats(product, dtype)
+        else:
+            e = product
         if act_ptr is not None:
             if act_ptr.dtype.element_ty == dtype and dtype != tl.float32:
-                act = words
+                act = product
             elif WORDS:
-                act = _pieces.to_floats(words, dtype)
+                act = _pieces.to_floats(product, dtype)
             else:
                 act = e
             _pieces.store_piece(act_ptr + first * BLOCK, within * BLOCK + p * 8, act, mask, MASKED)
-        if WORDS:
-            values = values + (words,)
-        else:
-            values = values + (e,)
+        values = values + (e,)
     codes, scale = _mxfp4.quantize(values, dtype, SCALE_ADDEND, WORDS, ISA)
     if TOKEN_TILES is None:
         _mxfp4.store_quantized(codes_ptr + first * (BLOCK // 2), scales_ptr + first, within, codes, scale, mask, MASKED)

@@ -4,6 +4,7 @@ Each module declares one op packet: contract (docstring), check, reference, fake
 """
 
 from fusionpasses.ops import (
+    _then_mlp,  # noqa: F401
     concat_and_cache_mla,
     dynamic_mxfp4_quant,
     fused_rope_mla_kv_cache,

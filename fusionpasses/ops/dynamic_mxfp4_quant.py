@@ -51,12 +51,14 @@ def samples(device: torch.device) -> Iterator[Sample]:
     yield (torch.tensor([[1.0, float("inf")] * 16, [float("nan"), 2.0] * 16, [-0.0, 0.0] * 16], device=device),), {}
 
 
+ARGUMENTS = '(Tensor x, str scale_mode="even", *, str provider="auto")'
+
 OP = declare(
     "dynamic_mxfp4_quant.default",
-    '(Tensor x, str scale_mode="even", *, str provider="auto") -> (Tensor codes, Tensor scales)',
+    ARGUMENTS + " -> (Tensor codes, Tensor scales)",
     check=check,
     reference=reference,
     fake=fake,
     samples=samples,
 )
-OP_THEN_GEMM = declare_then_gemm(OP, '(Tensor x, str scale_mode="even", *, str provider="auto")')
+OP_THEN_GEMM = declare_then_gemm(OP, ARGUMENTS)

@@ -24,7 +24,7 @@ from fusionpasses.ops import _mxfp4, _rms_norm, rmsnorm_mxfp4_quant
 from fusionpasses.ops._op import Sample, declare
 from fusionpasses.ops._then_gemm import declare_then_gemm
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "(Tensor x, Tensor residual, Tensor? weight, float eps, *, str cast_order, ScalarType? norm_dtype=None, "
     'str scale_mode="even", str provider="auto")'
 )
@@ -94,7 +94,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
 
 OP = declare(
     "rmsnorm_add_mxfp4_quant.default",
-    _ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor sum)",
+    ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor sum)",
     check=check,
     reference=reference,
     fake=fake,
@@ -102,10 +102,10 @@ OP = declare(
 )
 OP_WITH_NORM = declare(
     "rmsnorm_add_mxfp4_quant.with_norm",
-    _ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor sum, Tensor norm)",
+    ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor sum, Tensor norm)",
     check=check,
     reference=reference_with_norm,
     fake=fake_with_norm,
     samples=samples,
 )
-OP_THEN_GEMM = declare_then_gemm(OP, _ARGUMENTS, ", Tensor sum")
+OP_THEN_GEMM = declare_then_gemm(OP, ARGUMENTS, ", Tensor sum")

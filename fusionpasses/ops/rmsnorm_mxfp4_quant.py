@@ -42,7 +42,7 @@ from fusionpasses.ops import _mxfp4, _rms_norm
 from fusionpasses.ops._op import Sample, declare
 from fusionpasses.ops._then_gemm import declare_then_gemm
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "(Tensor x, Tensor? weight, float eps, *, str cast_order, ScalarType? norm_dtype=None, "
     'str scale_mode="even", str provider="auto")'
 )
@@ -210,7 +210,7 @@ def samples_with_second(device: torch.device) -> Iterator[Sample]:
 
 OP = declare(
     "rmsnorm_mxfp4_quant.default",
-    _ARGUMENTS + " -> (Tensor codes, Tensor scales)",
+    ARGUMENTS + " -> (Tensor codes, Tensor scales)",
     check=check,
     reference=reference,
     fake=fake,
@@ -218,7 +218,7 @@ OP = declare(
 )
 OP_WITH_NORM = declare(
     "rmsnorm_mxfp4_quant.with_norm",
-    _ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor norm)",
+    ARGUMENTS + " -> (Tensor codes, Tensor scales, Tensor norm)",
     check=check,
     reference=reference_with_norm,
     fake=fake_with_norm,
@@ -232,5 +232,5 @@ OP_WITH_SECOND = declare(
     fake=fake_with_second,
     samples=samples_with_second,
 )
-OP_THEN_GEMM = declare_then_gemm(OP, _ARGUMENTS)
+OP_THEN_GEMM = declare_then_gemm(OP, ARGUMENTS)
 OP_WITH_SECOND_THEN_GEMM = declare_then_gemm(OP_WITH_SECOND, _ARGUMENTS_WITH_SECOND, ", Tensor norm2")

@@ -50,7 +50,7 @@ def _mxfp4_gemm(
     w_codes, w_scales, layout = _whole_weight(w_codes, w_scales, layout)
     gpu = arch.of(x_codes.device)
     with _launch.on_device_of(x_codes):
-        _launch_chosen(Product(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu))
+        launch_chosen(Product(x_codes, x_scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu))
     return out
 
 
@@ -78,10 +78,10 @@ def _mxfp4_gemm_a16w4(
             summands = _launch.scratch(x, (pieces, tokens, width), torch.bfloat16)
             _launch.torch_call(_take_apart, x, summands)
             sums = _launch.scratch(x, (pieces, tokens, n), torch.float32)
-            _launch_chosen(product._replace(x=summands, bias=None, out=sums, tokens=pieces * tokens))
+            launch_chosen(product._replace(x=summands, bias=None, out=sums, tokens=pieces * tokens))
             _launch.torch_call(_add_up, sums, out, *_given(bias))
         else:
-            _launch_chosen(product)
+            launch_chosen(product)
     return out
 
 
@@ -125,7 +125,7 @@ def then_gemm(quant: Callable[..., tuple[Any, ...]], *, any_axes: bool = False) 
                 product = Product(
                     into.codes, scales, w_codes, w_scales, bias, out, tokens, n, width, layout, shift, gpu, ordered
                 )
-                _launch_chosen(product)
+                launch_chosen(product)
         return (out, *rest) if rest else out
 
     return run
@@ -137,6 +137,11 @@ def _destination_of_quant(
     choice = gemm_choice.choose(tokens, rows, width, gpu, w4a4=True, layout=layout)
     if gemm_choice.token_order(choice, tokens, rows, width, layout) is None:
         return None
+    return destination_of(choice, x, tokens, width)
+
+
+def destination_of(choice: gemm_choice.Choice, x: Tensor, tokens: int, width: int) -> Destination:
+    """Scratch for tokens as the product of this choice puts them in order."""
     if choice.kernel == "mxfp4_gemm":
         return destination(x, tokens, width)
     return _triton_gemm_wgmma.destination(x, tokens, width, choice.options)
@@ -149,7 +154,8 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _launch_chosen(product: Product) -> None:
+def launch_chosen(product: Product) -> None:
+    """Launch the product by the kernel that is chosen for it."""
     x, x_scales, w_codes, w_scales, bias, out, tokens, rows, width, layout, shift, gpu, ordered = product
     w4a4 = x_scales is not None or ordered is not None
     kernel, options, _ = gemm_choice.choose(tokens, rows, width, gpu, w4a4=w4a4, layout=layout)

@@ -1,8 +1,8 @@
-"""Launches of ``mxfp4_gemm_wgmma``: x put in order, then the product."""
+"""Launches of ``mxfp4_gemm_wgmma``: x put in order, then the product; or the product and a gated activation."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,40 @@ from fusionpasses.providers._destination import Destination
 from fusionpasses.providers._product import Product
 
 
-def multiply(product: Product, options: dict[str, Any]) -> None:
-    """Of a weight in layout "tiles"; ``options`` of ``launch_options``."""
+class Gated(NamedTuple):
+    """What is done with sums of gate and up, before any is stored."""
+
+    into: Destination  #: of their product, in the order of the next one
+    activation: str
+    cast_order: str
+    scale_mode: str
+
+    def constants(self, rows: int) -> dict[str, Any]:
+        return {
+            "GATE_TILES": rows // 2 // _mxfp4_weight.TILE_ROWS,
+            "NEXT_TILES": self.into.token_tiles,
+            "next_flags_ptr": self.into.scales,
+            "NEXT_FLAGS": self.into.constants["FLAGS"],
+            "ACTIVATION": self.activation,
+            "CAST_ORDER": self.cast_order,
+            "SCALE_ADDEND": _mxfp4.SCALE_ADDEND[self.scale_mode],
+        }
+
+
+#: What the kernel is given where a product is stored as it is.
+NOT_GATED: dict[str, Any] = {
+    "GATE_TILES": None,
+    "NEXT_TILES": None,
+    "next_flags_ptr": None,
+    "NEXT_FLAGS": None,
+    "ACTIVATION": None,
+    "CAST_ORDER": None,
+    "SCALE_ADDEND": None,
+}
+
+
+def multiply(product: Product, options: dict[str, Any], gated: Gated | None = None) -> None:
+    """Of a weight in layout "tiles"; ``options`` of ``launch_options``. With ``gated``, ``product.out`` has its."""
     x, _, w_codes, w_scales, bias, out, tokens, rows, width, _, shift, gpu, ordered = product
     w_codes, w_scales = _aligned(w_codes), _aligned(w_scales)
     if ordered is None:
@@ -45,6 +77,7 @@ def multiply(product: Product, options: dict[str, Any]) -> None:
         2.0**shift,
         K=width,
         ISA=gpu.isa,
+        **(NOT_GATED if gated is None else gated.constants(rows)),
         **options,
     )
 

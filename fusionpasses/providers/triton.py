@@ -32,7 +32,7 @@ from fusionpasses.kernels import rmsnorm_mxfp4_quant as norm_kernel
 from fusionpasses.kernels import rmsnorm_mxfp4_quant_pair as pair_kernel
 from fusionpasses.kernels import silu_mul_mxfp4_quant as gated_kernel
 from fusionpasses.ops import _mxfp4, _rms_norm
-from fusionpasses.providers import _destination, _launch, _triton_gemm, _triton_rope
+from fusionpasses.providers import _destination, _launch, _triton_gemm, _triton_mlp, _triton_rope
 from fusionpasses.providers._destination import Destination
 
 
@@ -264,6 +264,9 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "rmsnorm_mxfp4_quant.with_second_then_gemm": _triton_gemm.then_gemm(_rmsnorm_mxfp4_quant_with_second),
     "rmsnorm_add_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_rmsnorm_add_mxfp4_quant),
     "silu_mul_mxfp4_quant.then_gemm": _triton_gemm.then_gemm(_silu_mul_mxfp4_quant),
+    "dynamic_mxfp4_quant.then_mlp": _triton_mlp.then_mlp(_dynamic_mxfp4_quant, _silu_mul_mxfp4_quant),
+    "rmsnorm_mxfp4_quant.then_mlp": _triton_mlp.then_mlp(_rmsnorm_mxfp4_quant, _silu_mul_mxfp4_quant),
+    "rmsnorm_add_mxfp4_quant.then_mlp": _triton_mlp.then_mlp(_rmsnorm_add_mxfp4_quant, _silu_mul_mxfp4_quant),
     **_triton_rope.ADAPTERS,
     **_triton_gemm.ADAPTERS,
 }
