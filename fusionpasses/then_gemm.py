@@ -1,9 +1,10 @@
 """Joins a quant and the product that alone reads what it gives, where the kernels have something to hand over.
 
-Some products begin by putting quantised tokens in an order of their own, with a kernel (``kernels/_token_order.py``).
-The kernel that quantises may as well write that order. So, after the passes, such a quant and its ``mxfp4_gemm`` become
-one call, ``<quant>.then_gemm``, which means the two. Nothing but that changes: it is neither a fusion of the model's
-arithmetic nor a site of the report, which counts both ops as before and has a line that says how many were joined.
+Some products read quantised tokens in an order of their own (``kernels/_token_order.py``). They put them into it with
+a kernel, or decode them in each program. The kernel that quantises may as well write that order, and then lets the
+product start, and fetch its weight, at once. So, after the passes, such a quant and its ``mxfp4_gemm`` become one call,
+``<quant>.then_gemm``, which means the two. Nothing but that changes: it is neither a fusion of the model's arithmetic
+nor a site of the report, which counts both ops as before and has a line that says how many were joined.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Said(NamedTuple):
 _NO = Verdict(False, "")
 
 
-def saves_a_launch(pair: Pair) -> Verdict:
-    """Does the product, run by our Triton kernels on the GPU that is here, put its tokens in order?"""
+def takes_an_order(pair: Pair) -> Verdict:
+    """Is the product, run by our Triton kernels on the GPU that is here, one that takes its tokens in order?"""
     if {pair.quant.kwargs.get("provider"), pair.gemm.kwargs.get("provider")} != {"triton"}:
         return _NO
     if pair.axes > 1 and pair.quant.target is not ours.dynamic_mxfp4_quant.default:
@@ -87,7 +88,7 @@ def _may_pay(gpu: arch.Arch, layout: str) -> bool:
     return gpu.hopper_ptx and layout == "tiles"
 
 
-def join(graph: fx.Graph, pays: Callable[[Pair], Verdict] = saves_a_launch) -> Said:
+def join(graph: fx.Graph, pays: Callable[[Pair], Verdict] = takes_an_order) -> Said:
     """Join the pairs for which it pays, and say so."""
     joined: Counter[str] = Counter()
     lacking: Counter[tuple[str, str]] = Counter()

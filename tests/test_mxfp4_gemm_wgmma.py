@@ -35,29 +35,35 @@ def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> t
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("tokens", "rows", "width", "layout", "arch", "kernel"),
+    ("rows", "width", "least", "weight_only", "most"),
     [
-        (17, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (640, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (256, 24576, 1536, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (1, 7168, 16384, "tiles", "sm_90", "mxfp4_gemm_wgmma"),  # few and long rows
-        (16, 7168, 18432, "tiles", "sm_90", "mxfp4_gemm_wgmma"),
-        (16, 18432, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens
-        (16, 8192, 8192, "tiles", "sm_90", "mxfp4_gemm"),
-        (16, 4096, 8192, "tiles", "sm_90", "mxfp4_gemm"),  # few tokens of a weight that is not large
-        (32, 2112, 7168, "tiles", "sm_90", "mxfp4_gemm"),  # too few steps
-        (32, 18432, 7168, "linear", "sm_90", "mxfp4_gemm"),  # not prepared
-        (32, 18432, 7168, "tiles", "sm_100", "mxfp4_gemm"),  # no wgmma after Hopper
-        (641, 18432, 7168, "tiles", "sm_90", "mxfp4_dequantize"),  # many tokens
-        (257, 24576, 1536, "tiles", "sm_90", "mxfp4_dequantize"),
+        (8192, 1024, None, None, 0),  # small
+        (1536, 7168, None, None, 0),
+        (7168, 2048, 17, 65, 128),
+        (4096, 4096, 17, 65, 128),
+        (2112, 7168, 33, 65, 96),  # few and long rows
+        (6144, 4096, 9, 17, 128),
+        (4608, 7168, 9, 17, 128),
+        (24576, 1536, 17, 17, 256),  # short rows
+        (14336, 4096, 1, 1, 256),
+        (18432, 7168, 9, 9, 640),
+        (36864, 7168, 9, 9, 640),
+        (7168, 18432, 1, 1, 640),  # long rows
     ],
 )
 def test_it_is_chosen_where_it_is_faster(
-    tokens: int, rows: int, width: int, layout: str, arch: str, kernel: str
+    rows: int, width: int, least: int | None, weight_only: int | None, most: int
 ) -> None:
     from fusionpasses.kernels.gemm_choice import choose
 
-    assert choose(tokens, rows, width, Arch(arch, 32, 132), layout=layout).kernel == kernel
+    for w4a4, first in ((True, least), (False, weight_only)):
+        chosen = [
+            choose(tokens, rows, width, H200, w4a4=w4a4, layout="tiles").kernel == "mxfp4_gemm_wgmma"
+            for tokens in range(1, 700)
+        ]
+        assert chosen == [first is not None and first <= tokens <= most for tokens in range(1, 700)]
+    for arch, layout in ((H200, "linear"), (Arch("sm_100", 32, 132), "tiles")):
+        assert choose(32, rows, width, arch, layout=layout).kernel != "mxfp4_gemm_wgmma"
 
 
 @needs_triton
@@ -82,8 +88,10 @@ def test_shared_memory_and_programs_suffice(tokens: int) -> None:
     [
         (64, 24576, 1536, 384),  # three tiles for each multiprocessor, but for twelve of them
         (16, 24576, 1536, 384),
-        (32, 24576, 1536, 2 * 132),  # of 128 rows each: too few for that
+        (32, 24576, 1536, 384),
+        (32, 65536, 1536, 2 * 132),  # of 128 rows each: four and a half
         (128, 24576, 1536, 2 * 132),
+        (128, 4608, 7168, 4 * 132),  # of 64 rows each
         (64, 24576, 2176, 4 * 132),  # long tiles
         (64, 18432, 2048, 4 * 132),  # three for some, two for others
         (64, 16384, 2048, 4 * 132),  # two, and registers suffice for four

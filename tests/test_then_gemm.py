@@ -174,7 +174,7 @@ def test_results_that_are_flattened_to_tokens_are_joined(quant: str) -> None:
 
     inputs = (torch.randn(2, 3, 64).transpose(0, 1), *_weight(32, 128))
     graph = traced(function, *inputs)
-    assert not then_gemm.saves_a_launch(then_gemm._pair_of(_first_op(graph)))  # on a CPU
+    assert not then_gemm.takes_an_order(then_gemm._pair_of(_first_op(graph)))  # on a CPU
     assert len(_join(graph)) == 1
     (joined,) = [node for node in graph.nodes if node.op == "call_function"]
     assert joined.kwargs["axes"] == 2
@@ -343,7 +343,8 @@ def pair_of(tokens: int, rows: int, width: int, layout: str, **providers: str) -
         (1, 7168, 16384, "tiles", True),
         (32, 2112, 7168, "tiles", True),
         (16, 24576, 1536, "tiles", True),
-        (16, 2112, 7168, "tiles", False),  # decoded by each program
+        (1, 2112, 7168, "tiles", True),  # alone, each program decodes tokens
+        (16, 2112, 7168, "tiles", True),
         (32, 36864, 7168, "linear", False),
         (641, 36864, 7168, "tiles", False),  # dequantised, then BLAS
         (32, 36864, 7168 + 128, "tiles", False),  # half a step of wgmma
@@ -352,21 +353,21 @@ def pair_of(tokens: int, rows: int, width: int, layout: str, **providers: str) -
         (640, 64, 2**23, "tiles", False),  # places of 33 bits
     ],
 )
-def test_it_pays_where_the_product_puts_tokens_in_order(
+def test_it_pays_where_the_product_takes_tokens_in_order(
     monkeypatch: pytest.MonkeyPatch, tokens: int, rows: int, width: int, layout: str, pays: bool
 ) -> None:
     monkeypatch.setattr(remarks, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(then_gemm.arch, "of", lambda device: H200)
     pair = pair_of(tokens, rows, width, layout)
-    assert then_gemm.saves_a_launch(pair).ok == pays
+    assert then_gemm.takes_an_order(pair).ok == pays
     for other in ("reference", "aiter"):
-        assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, quant=other))
-        assert not then_gemm.saves_a_launch(pair_of(tokens, rows, width, layout, gemm=other))
-    assert then_gemm.saves_a_launch(pair._replace(axes=2)).ok == pays
+        assert not then_gemm.takes_an_order(pair_of(tokens, rows, width, layout, quant=other))
+        assert not then_gemm.takes_an_order(pair_of(tokens, rows, width, layout, gemm=other))
+    assert then_gemm.takes_an_order(pair._replace(axes=2)).ok == pays
     norm = pair.quant.graph.call_function(ours.rmsnorm_mxfp4_quant.default, pair.quant.args, pair.quant.kwargs)
-    assert not then_gemm.saves_a_launch(pair._replace(quant=norm, axes=2))
+    assert not then_gemm.takes_an_order(pair._replace(quant=norm, axes=2))
     monkeypatch.setattr(remarks, "architecture", lambda device: None)
-    assert not then_gemm.saves_a_launch(pair)
+    assert not then_gemm.takes_an_order(pair)
 
 
 @needs_triton
@@ -374,7 +375,7 @@ def test_it_pays_where_the_product_puts_tokens_in_order(
     ("layout", "gpu", "provider", "said"),
     [
         ("tiles", H200, "triton", True),
-        ("linear", H200, "triton", False),  # no product of it begins by putting tokens in order
+        ("linear", H200, "triton", False),  # no product of it takes an order
         ("tiles", Arch("gfx950", warp_size=64, processors=256), "triton", False),  # nor one there
         ("tiles", H200, "reference", False),
     ],
@@ -446,6 +447,8 @@ def calls(tokens: int, rows: int, width: int, device: str = "meta") -> Iterator[
         (32, 2112, 7168, ["mxfp4_gemm", "mxfp4_gemm_sum"]),
         (32, 2112, 7168 + 32, ["mxfp4_gemm_arrange", "mxfp4_gemm", "mxfp4_gemm_sum"]),
         (8, 2112, 7168, ["mxfp4_gemm", "mxfp4_gemm_sum"]),
+        (16, 2112, 7168, ["mxfp4_gemm", "mxfp4_gemm_sum"]),
+        (8, 2112, 7168 + 32, ["mxfp4_gemm", "mxfp4_gemm_sum"]),  # decoded in each program
         (0, 2112, 7168, []),
     ],
 )
@@ -465,8 +468,10 @@ def test_a_quant_that_may_leaves_tokens_in_order(tokens: int, rows: int, width: 
             continue
         assert [launch.kernel.__name__ for launch in of_product] == kernels
         if of_quant is not None:
-            in_order = tokens > 16 and "mxfp4_gemm_interleave" not in kernels and "mxfp4_gemm_arrange" not in kernels
+            in_order = width % 256 == 0
             assert (of_quant.constants["TOKEN_TILES"] is not None) == in_order
+            if kernels[0] == "mxfp4_gemm":  # scales of x
+                assert ("x_scales_ptr" in of_product[0].constants) == in_order
 
 
 # ---- on a GPU

@@ -194,7 +194,7 @@ SIZES = [
     (32, 8192, 4096, True),
     (33, 18432, 7168, False),  # more than four tiles of tokens
     (8, 18432, 7168, False),  # gate_up by mma.sync
-    (32, 2048, 7168, False),  # and here
+    (32, 1024, 7168, False),  # and here
     (32, 18432 + 32, 7168, False),  # the second product's x is no whole columns
     (0, 18432, 7168, False),
 ]

@@ -37,6 +37,7 @@ GATED_CHAINS = {
 GEMM_CHAINS = {
     "few tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_gemm"),
     "tokens in order": ("mxfp4_gemm.default", "mxfp4_gemm_arrange"),
+    "few tokens, in order": ("dynamic_mxfp4_quant.then_gemm", "mxfp4_gemm"),
     "some tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_gemm_wgmma"),
     "tokens interleaved": ("mxfp4_gemm.default", "mxfp4_gemm_interleave"),
     "many tokens": ("mxfp4_gemm_a16w4.default", "mxfp4_dequantize"),
@@ -202,10 +203,14 @@ class GemmConfig:
         empty = functools.partial(torch.empty, dtype=torch.uint8, device="meta")
         bias = torch.empty(self.rows, dtype=torch.bfloat16, device="meta") if self.bias else None
         weight = (empty(codes), empty(scales), bias)
+        values = torch.empty(self.tokens, self.n, dtype=torch.bfloat16, device="meta")
+        op, _ = GEMM_CHAINS[self.chain]
+        if op.endswith("then_gemm"):
+            named = dict(zip(("w_codes", "w_scales", "bias"), weight, strict=True))
+            return op, [values], keywords | named | {"out_dtype": torch.bfloat16}
         if self.codes:
             x = (empty(self.tokens, self.n // 2), empty(self.tokens, self.n // 32))
             return "mxfp4_gemm.default", [*x, *weight], keywords | {"out_dtype": torch.bfloat16}
-        values = torch.empty(self.tokens, self.n, dtype=torch.bfloat16, device="meta")
         return "mxfp4_gemm_a16w4.default", [values, *weight], keywords
 
 
@@ -439,10 +444,13 @@ def every_gemm() -> list[GemmConfig]:
         for rows, n in weights[::3]:
             configs.append(GemmConfig(target, "many tokens", 700, rows, n, layout))
     configs += _other_tiles(configs)
+    configs += _in_order()
     # 32, 64 and 128 tokens fill tiles; 33 and 257 blocks of K, 63560 and 8200 rows do not. Few tokens: of few and long
     # rows.
     sizes = list(itertools.product((17, 32, 64, 128, 130), ((18432, 7168), (63560, 1056))))
     sizes += itertools.product((1, 16), ((7168, 16384), (8200, 8224)))
+    # Not so large: 64 rows of a program.
+    sizes += itertools.product((9, 24, 32), ((4608, 7168),))
     for i, (tokens, (rows, n)) in enumerate(sizes):
         configs.append(GemmConfig("sm_90", "some tokens", tokens, rows, n, "tiles", codes=i % 4 == 3, bias=i % 3 == 0))
         configs.append(GemmConfig("sm_90", "tokens interleaved", tokens, rows, n, "tiles", codes=i % 4 != 1))
@@ -459,6 +467,18 @@ def _other_tiles(configs: list[GemmConfig]) -> list[GemmConfig]:
     have = {_tile(c): c for c in configs if (c.target, c.chain) == ("sm_90", "few tokens")}
     found = {_tile(c): c for c in reversed(others)}
     return [c for tile, c in found.items() if tile not in have and tile[0] == "mxfp4_gemm"]
+
+
+def _in_order() -> list[GemmConfig]:
+    """Each tile of few tokens with tokens that their quant has left in order."""
+    weights = ((36864, 7168), (24576, 1536), (14336, 4096), (2112, 7168), (1536, 7168), (7168, 2048), (1024, 4096))
+    every = [
+        GemmConfig("sm_90", "few tokens, in order", tokens, *weight, "tiles", True)
+        for tokens, weight in itertools.product((1, 12, 32), weights)
+    ]
+    found = {_tile(c): c for c in every}
+    others = [dataclasses.replace(every[3], target=target) for target in ("sm_100", "sm_120")]
+    return [c for tile, c in found.items() if tile[0] == "mxfp4_gemm"] + others
 
 
 def _tile(c: GemmConfig) -> tuple[Any, ...]:

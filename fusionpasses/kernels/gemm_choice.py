@@ -22,9 +22,9 @@ class Choice(NamedTuple):
 
 
 def token_order(choice: Choice, tokens: int, rows: int, width: int, layout: str) -> int | None:
-    """``TOKEN_TILES`` of ``_token_order.py``, if the product begins by putting MXFP4 x in order; None if it does not.
+    """``TOKEN_TILES`` of ``_token_order.py``, the order in which the product can be given MXFP4 x; or None.
 
-    Whoever quantises x may as well leave it in that order. ``choice`` is what ``choose`` says of the same call; widths
+    Whoever quantises x may as well leave it so. ``choice`` is what ``choose`` says of the same call; widths
     that end within a column, or a step of ``mxfp4_gemm_wgmma``, are left to the product, which fills in zeros; so are
     tokens of which the numbers have no places in 32 bits.
     """
@@ -33,7 +33,7 @@ def token_order(choice: Choice, tokens: int, rows: int, width: int, layout: str)
     if choice.kernel == "mxfp4_gemm_wgmma":
         whole = width % (_COLUMN * int(choice.options["UNROLLED"])) == 0
         return int(choice.options["TOKEN_TILES"]) if whole else None
-    if choice.kernel == "mxfp4_gemm" and not mxfp4_gemm.decodes_tokens(tokens, rows, width):
+    if choice.kernel == "mxfp4_gemm":
         return 0 if width % _COLUMN == 0 else None
     return None
 
@@ -63,7 +63,7 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
         layout: "linear", as checkpoints have a weight, or "tiles", as ``Mxfp4Linear.prepare`` makes one; ask with
             "linear" for "shuffled", which is put back in that order before.
     """
-    if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout):
+    if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout, w4a4=w4a4):
         options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)
         return Choice(
             "mxfp4_gemm_wgmma", options, f"a large prepared weight, some tokens or few long rows, and {arch.name}"

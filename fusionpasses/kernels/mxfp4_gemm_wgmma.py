@@ -18,6 +18,8 @@ first, so they end, whatever else runs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -29,36 +31,77 @@ from fusionpasses.kernels.arch import Arch
 
 #: Tokens of a tile, at most: there is no room in shared memory for more.
 MOST_TOKENS = 128
-#: A weight of so many codes and more has enough steps for all programs; of so many, also with 16 tokens and less.
+
+
+class _Weights(NamedTuple):
+    """Weights of so many codes and more, and the tokens of which they are multiplied so."""
+
+    codes: int
+    least_w4a4: int
+    least_weight_only: int
+    most: int
+
+
+_WEIGHTS = (
+    _Weights(2**26, 9, 9, 5 * MOST_TOKENS),
+    _Weights(48 * 2**20, 1, 1, 2 * MOST_TOKENS),
+    _Weights(2**25, 9, 9, 2 * MOST_TOKENS),
+    _Weights(20 * 2**20, 9, 17, MOST_TOKENS),
+    _Weights(13 * 2**20, 17, 65, MOST_TOKENS),
+)
+#: From so many codes on, programs of 128 rows have enough steps.
 _ENOUGH = 2**25
-_PLENTY = 2**27
+#: So few elements of K are too few for 9 to 16 tokens.
+_SHORT_ROWS = 2048
+#: Of a small weight whose rows are so many times as long as they are many, many programs share a tile.
+_MEDIUM, _LONG = 20 * 2**20, 3
 #: Steps of a tile that is short.
 _SHORT = 8
 _ROWS = 64  # of a warpgroup
 _COLUMN = 128  # elements of K
 
 
-def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str) -> bool:
+def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str, *, w4a4: bool) -> bool:
     """Is it ``mxfp4_gemm_wgmma`` that runs?
 
-    With 16 tokens and less ``mma.sync`` keeps up with memory, and needs no kernel before it; but where rows are few and
-    long, its programs are no equal shares of the processors. With 9 to 16 tokens it falls behind where there is most to
-    do: 36864 x 7168 takes it 50.5 us and wgmma 47.3, 18432 x 7168 takes both 28.3, on an H200. Every 128 tokens take
-    about as long as the first 128, so many more are better multiplied by ``mxfp4_dequantize`` and torch: of 18432 x
-    7168, 512 take 205 us and 258 there, 768 take 312 and 323, 1024 take 423 and 426.
+    Of few tokens ``mma.sync`` keeps up with memory, and weight-only needs no kernel before it, W4A4 none up to 16; but
+    where rows are few and long its programs are no equal shares of the processors, and from 9 tokens on it has too much
+    to do. Every 128 tokens take about as long as the first 128, so many more are better multiplied by
+    ``mxfp4_dequantize`` and torch: of 18432 x 7168, 512 take 205 us and 258 there, 768 take 312 and 323, 1024 take 423
+    and 426. Of 19 weights that were measured on an H200, some, W4A4; by ``mma.sync``, or torch from 65 on, and by this:
+
+    ============  =======================================================
+    weight        tokens and microseconds
+    ============  =======================================================
+    7168 x 2048   16: 6.4 and 7.5; 24: 8.4 and 7.8; 128: 18.9 and 17.5
+    2112 x 7168   16: 7.7 and 8.6; 32: 9.6 and 9.6; 48: 12.9 and 11.7
+    6144 x 4096   8: 8.0 and 8.6; 16: 9.2 and 9.6; 48: 19.1 and 11.9
+    4608 x 7168   8: 9.8 and 10.0; 16: 13.0 and 10.8; 32: 16.5 and 11.9
+    14336 x 4096  1: 13.6 and 13.0; 8: 14.3 and 13.1
+    18432 x 7168  8: 21.6 and 23.1; 16: 25.9 and 24.9
+    7168 x 16384  8: 30.5 and 23.7
+    ============  =======================================================
     """
-    large = rows * width >= mxfp4_gemm.LARGE
-    least = 1 if large and rows < width else 9 if rows * width >= _PLENTY else 17
-    most = 5 * MOST_TOKENS if large else 2 * MOST_TOKENS if rows * width >= _ENOUGH else 0
-    return arch.name == "sm_90" and layout == "tiles" and least <= tokens <= most
+    codes = rows * width
+    found = next((weights for weights in _WEIGHTS if codes >= weights.codes), None)
+    if found is None or arch.name != "sm_90" or layout != "tiles":
+        return False
+    least, most = found.least_w4a4 if w4a4 else found.least_weight_only, found.most
+    if codes >= mxfp4_gemm.LARGE and rows < width:
+        least = 1
+    if width < _SHORT_ROWS:
+        least = max(least, 17)
+    if codes < _MEDIUM and _LONG * rows < width:
+        least, most = max(least, 33), 96
+    return least <= tokens <= most
 
 
 def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, int | bool]:
     """Tile and compile options; ``PROGRAMS``, no constant of the kernel, is the grid.
 
     More columns of a step were measured and are not faster on an H200, nor are twice the rows, but from 17 to 32
-    tokens: x is read half as often then, which saves little time and much power (a chain of products that keeps the GPU
-    at its limit takes 3 % less, one below it 0.5 %). With more than 64 the sums leave no room for as many programs, and
+    tokens of a large weight: x is read half as often then, which saves no time, but power (a chain of products that
+    keeps the GPU at its limit takes 3 % less). With more than 64 the sums leave no room for as many programs, and
     x is what most bytes are. Of so many tokens a column does not fit shared memory twice; half of it does.
 
     All programs must be on the GPU at once, or the last ones double the time: so many as a multiprocessor has registers
@@ -67,7 +110,8 @@ def launch_options(tokens: int, rows: int, width: int, arch: Arch) -> dict[str, 
     """
     groups = -(-tokens // MOST_TOKENS)
     token_tiles = -(-tokens // (8 * groups))
-    warpgroups = 2 if 2 < token_tiles <= 4 or token_tiles > 8 else 1
+    two_from = mxfp4_gemm.LARGE if 2 < token_tiles <= 4 else _ENOUGH
+    warpgroups = 2 if rows * width >= two_from and (2 < token_tiles <= 4 or token_tiles > 8) else 1
     unrolled, pieces = (2, 1) if token_tiles <= 8 else (1, 2)
     tiles = -(-rows // (_ROWS * warpgroups)) * groups
     steps_of_tile = -(-width // (_COLUMN * unrolled))

@@ -50,8 +50,9 @@ def _fused_rope_mla_kv_cache_absorbed_bmm(
     q_nope: Tensor, w_uk: Tensor, q_pe: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     q = q_pe.new_empty((*q_pe.shape[:2], w_uk.shape[2] + q_pe.shape[2]))
-    _launch.torch_call(_multiply_into, q_nope, w_uk, q)
     _launch_rope(None, q_pe, *args, **kwargs, q=q, k=None)
+    # Behind it, because only this package's kernels start before the one in front has ended.
+    _launch.torch_call(_multiply_into, q_nope, w_uk, q)
     return q
 
 
@@ -60,8 +61,8 @@ def _fused_rope_mla_kv_cache_absorbed_bmm_with_k(
 ) -> tuple[Tensor, Tensor]:
     q = q_pe.new_empty((*q_pe.shape[:2], w_uk.shape[2] + q_pe.shape[2]))
     k = k_pe.new_empty(k_pe.shape)
-    _launch.torch_call(_multiply_into, q_nope, w_uk, q)
     _launch_rope(None, q_pe, k_pe, *args, **kwargs, q=q, k=k)
+    _launch.torch_call(_multiply_into, q_nope, w_uk, q)
     return q, k
 
 
