@@ -41,7 +41,7 @@ def weight(rows: int, width: int, low: int, high: int, device: str = "cpu") -> t
         (1536, 7168, None, None, 0),
         (7168, 2048, 17, 65, 128),
         (4096, 4096, 17, 65, 128),
-        (2112, 7168, 33, 65, 96),  # few and long rows
+        (2112, 7168, 33, None, 48),  # few and long rows
         (6144, 4096, 9, 17, 128),
         (4608, 7168, 9, 17, 128),
         (24576, 1536, 17, 17, 256),  # short rows

@@ -140,8 +140,9 @@ FAMILIES = (
 #: By target and family: with which sources (`python -m tools.codegen --hash`) `pytest -m gpu` passed last, and where.
 RUNS = {
     ("sm_90", "quants"): ("5ff40e03c35c", "H200 2026-11-21"),
-    ("sm_90", "products"): ("a5ea8456f4d2", "H200 2026-11-22"),
-    ("sm_90", "orders"): ("ddfa30c7cc3d", "H200 2026-11-22"),
+    ("sm_90", "products"): ("788e9c2aadbf", "H200 2026-11-23"),
+    ("sm_90", "orders"): ("3ec719221a8f", "H200 2026-11-23"),
+    ("sm_90", "mlps"): ("03d418eaa84e", "H200 2026-11-23"),
     ("sm_90", "pairs"): ("369a8c3fc2ac", "H200 2026-11-22"),
     ("sm_90", "dots"): ("74ee5afeec2a", "H200 2026-11-21"),
     ("sm_90", "cache"): ("35f131222723", "H200 2026-11-21"),

@@ -92,7 +92,7 @@ def for_some_tokens(tokens: int, rows: int, width: int, arch: Arch, layout: str,
     if width < _SHORT_ROWS:
         least = max(least, 17)
     if codes < _MEDIUM and _LONG * rows < width:
-        least, most = max(least, 33), 96
+        least, most = max(least, 33), 48
     return least <= tokens <= most
 
 
