@@ -246,6 +246,8 @@ HINDERED = {
     ),
     "codes and scales flattened to other tokens": lambda x, w, s: _otherwise(x, w, s),
     "codes are the weight": lambda x, w, s: _of_itself(x),
+    "codes are returned, and flattened": lambda x, w, s: _flat(x, w, s),
+    "what reads both is no product": lambda x, w, s: torch.cat([part.view(-1) for part in ours.dynamic_mxfp4_quant(x)]),
     "weight-only": lambda x, w, s: ours.mxfp4_gemm_a16w4(x, w, s),
     "the weight comes later": lambda x, w, s: _late(x, w, s),
     "something is written between": lambda x, w, s: _written(x, w, s),
@@ -255,6 +257,12 @@ HINDERED = {
 def _apart(x: Tensor, w: Tensor, s: Tensor, read: Any) -> tuple[Tensor, Tensor]:
     codes, scales = ours.dynamic_mxfp4_quant(x)
     return ours.mxfp4_gemm(codes, scales, w, s, out_dtype=torch.float32), read(codes, scales)
+
+
+def _flat(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = ours.dynamic_mxfp4_quant(x.view(3, 2, 32))
+    y = ours.mxfp4_gemm(codes.view(3, 32), scales.view(3, 2), w, s, out_dtype=torch.float32)
+    return y, codes
 
 
 def _otherwise(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
@@ -297,13 +305,14 @@ def test_the_second_of_two_quants_is_joined_all_the_same() -> None:
 
     def function(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         return (
+            ours.mxfp4_gemm(*ours.dynamic_mxfp4_quant(x + 2), w, s, out_dtype=torch.float32),  # before what is written
             _written(x, w, s),
             *_drawn(x, w, s),
             ours.mxfp4_gemm(*ours.dynamic_mxfp4_quant(x * 2), w, s, out_dtype=torch.float32),
         )
 
     graph = traced(function, torch.randn(3, 64), *_weight())
-    assert [line.split()[:2] for line in _join(graph)] == [["2", "dynamic_mxfp4_quant"]]
+    assert [line.split()[:2] for line in _join(graph)] == [["3", "dynamic_mxfp4_quant"]]
 
 
 # ---- where it pays
@@ -344,6 +353,9 @@ def pair_of(tokens: int, rows: int, width: int, layout: str, **providers: str) -
         (32, 2112, 7168, "tiles", True),
         (16, 24576, 1536, "tiles", True),
         (1, 2112, 7168, "tiles", True),  # alone, each program decodes tokens
+        (20, 4096, 4096 + 256, "tiles", True),
+        (20, 4096, 4096 + 128, "tiles", False),  # wgmma, which weight-only is not
+        (32, 0, 7168, "tiles", False),
         (16, 2112, 7168, "tiles", True),
         (32, 36864, 7168, "linear", False),
         (641, 36864, 7168, "tiles", False),  # dequantised, then BLAS
@@ -449,6 +461,7 @@ def calls(tokens: int, rows: int, width: int, device: str = "meta") -> Iterator[
         (8, 2112, 7168, ["mxfp4_gemm", "mxfp4_gemm_sum"]),
         (16, 2112, 7168, ["mxfp4_gemm", "mxfp4_gemm_sum"]),
         (8, 2112, 7168 + 32, ["mxfp4_gemm", "mxfp4_gemm_sum"]),  # decoded in each program
+        (20, 4096, 4096, ["mxfp4_gemm_wgmma"]),  # mxfp4_gemm if it were weight-only
         (0, 2112, 7168, []),
     ],
 )
