@@ -6,19 +6,22 @@ The products of DeepSeek-V3's sizes, W4A4, prepared, and what quantises in front
 quant, o_proj; add + norm, gate and up; silu * up, down. Attention is left out: o_proj reads columns of what q_b gave.
 
 ========  ==============================================================================================================
-joined    each quant and its product one call, ``<quant>.then_gemm``
-apart     two calls, which give the same bytes
+joined    each quant and its product one call, ``<quant>.then_gemm``; add + norm, the gated MLP behind it one,
+          ``<quant>.then_mlp``, which is the pairs where its kernels cannot do it at once
+pairs     each quant and its product one call
+apart     two calls
 ========  ==============================================================================================================
 
-Nothing is timed before the bytes were compared. Each side is a CUDA graph of ``--layers`` layers, whose weights are
-larger than the L2 cache, replayed 20 times in a row for one time; ``--groups`` of them follow each other without a
-pause. *first* is the median of the first three, *last* that of the last three: many tokens take a GPU to its power
-limit in a fraction of a second, and it is slower from then on.
+All give the same bytes, and nothing is timed before they were compared. Each side is a CUDA graph of ``--layers``
+layers, whose weights are larger than the L2 cache, replayed 20 times in a row for one time; ``--groups`` of them follow
+each other without a pause. *first* is the median of the first three, *last* that of the last three: many tokens take a
+GPU to its power limit in a fraction of a second, and it is slower from then on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import pathlib
 import statistics
@@ -34,6 +37,7 @@ from fusionpasses.ops import _mxfp4_weight
 
 ours = torch.ops.fusionpasses
 TOKENS = (1, 8, 16, 32, 64)
+SIDES = ("joined", "pairs", "apart")
 SIZES = {"hidden": 7168, "rank": 1536, "rest": 576, "q": 24576, "o": 16384, "inner": 18432}
 TINY = {"hidden": 256, "rank": 64, "rest": 32, "q": 128, "o": 96, "inner": 128}
 EPS = 1e-6
@@ -69,7 +73,7 @@ def random_weight(rows: int, width: int, device: str) -> Weight:
 
 
 class Chain:
-    """Random weights for some layers, and both ways to go through them."""
+    """Random weights for some layers, and three ways to go through them."""
 
     def __init__(self, sizes: dict[str, int], layers: int, device: str) -> None:
         self.sizes = sizes
@@ -90,22 +94,44 @@ class Chain:
         return made[0], made[1]
 
     def joined(self, x: Tensor, residual: Tensor) -> State:
-        return self._through(_joined, x, residual)
+        return self._through(_joined, self._mlp_at_once, x, residual)
+
+    def pairs(self, x: Tensor, residual: Tensor) -> State:
+        return self._through(_joined, functools.partial(self._mlp, _joined), x, residual)
 
     def apart(self, x: Tensor, residual: Tensor) -> State:
-        return self._through(_apart, x, residual)
+        return self._through(_apart, functools.partial(self._mlp, _apart), x, residual)
 
-    def _through(self, call: Callable[..., tuple[Tensor, ...]], x: Tensor, residual: Tensor) -> State:
-        rank, o, inner = self.sizes["rank"], self.sizes["o"], self.sizes["inner"]
+    def _through(
+        self, call: Callable[..., tuple[Tensor, ...]], mlp: Callable[..., State], x: Tensor, residual: Tensor
+    ) -> State:
+        rank, o = self.sizes["rank"], self.sizes["o"]
         order = {"cast_order": "cast_scale"}
         for w in self.layers:
             q_a, residual = call(ours.rmsnorm_add_mxfp4_quant, w["q_a"], x, residual, self.norm, EPS, **order)
             (q,) = call(ours.rmsnorm_mxfp4_quant, w["q_b"], q_a[:, :rank], self.q_norm, EPS, **order)
             (x,) = call(ours.dynamic_mxfp4_quant, w["o"], q[:, :o])
-            both, residual = call(ours.rmsnorm_add_mxfp4_quant, w["gate_up"], x, residual, self.norm, EPS, **order)
-            gate, up = both[:, :inner], both[:, inner:]
-            (x,) = call(ours.silu_mul_mxfp4_quant, w["down"], gate, up, cast_order="cast_mul")
+            x, residual = mlp(w, x, residual)
         return x, residual
+
+    def _mlp(self, call: Callable[..., tuple[Tensor, ...]], w: dict[str, Weight], x: Tensor, residual: Tensor) -> State:
+        norm, inner = ours.rmsnorm_add_mxfp4_quant, self.sizes["inner"]
+        both, residual = call(norm, w["gate_up"], x, residual, self.norm, EPS, cast_order="cast_scale")
+        (x,) = call(ours.silu_mul_mxfp4_quant, w["down"], both[:, :inner], both[:, inner:], cast_order="cast_mul")
+        return x, residual
+
+    def _mlp_at_once(self, w: dict[str, Weight], x: Tensor, residual: Tensor) -> State:
+        names = {"w_codes": "codes", "w_scales": "scales", "out_dtype": "dtype"}
+        down = {f"down_{names.get(name, name)}": value for name, value in w["down"].arguments.items()}
+        both: State = ours.rmsnorm_add_mxfp4_quant.then_mlp(
+            *(x, residual, self.norm, EPS),
+            cast_order="cast_scale",
+            activation="silu",
+            act_cast_order="cast_mul",
+            **w["gate_up"].arguments,
+            **down,
+        )
+        return both
 
 
 def _joined(quant: Any, weight: Weight, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -119,8 +145,10 @@ def _apart(quant: Any, weight: Weight, *args: Any, **kwargs: Any) -> tuple[Tenso
 
 
 def differing(chain: Chain, state: State) -> int:
-    """Numbers that are not the same bytes in both ways, or no finite ones."""
-    pairs = zip(chain.joined(*state), chain.apart(*state), strict=True)
+    """Numbers that are not the same bytes in all ways, or no finite ones."""
+    want = chain.apart(*state)
+    got = [tensor for side in SIDES[:2] for tensor in getattr(chain, side)(*state)]
+    pairs = zip(got, want * 2, strict=True)
     return sum(int(((a.view(torch.int16) != b.view(torch.int16)) | ~a.isfinite()).sum()) for a, b in pairs)
 
 
@@ -147,7 +175,7 @@ def measure(chain: Chain, tokens: int, groups: int) -> list[_command.Row]:
     state = chain.inputs(tokens)
     wrong = differing(chain, state)
     rows = []
-    for side in ("joined", "apart"):
+    for side in SIDES:
         row: _command.Row = {"tokens": tokens, "side": side, "differ": wrong}
         if not wrong:
             taken = times(getattr(chain, side), state, groups, len(chain.layers))
