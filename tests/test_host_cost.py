@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -375,12 +376,13 @@ def full_calls(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> list[str]
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_second_call_is_replayed(full_calls: list[str], name: str, guard: Any) -> None:
     args, kwargs = Call(name).arguments() if name in NAMES else next(iter(OPS[name].samples(torch.device("cpu"))))
-    versions = []
+    caches = [value for value in args if name in CACHE_WRITES and value.shape == (12, 24)]
+    versions = [value._version for value in caches]
     with guard():
         first, again = [], []
         for outputs in (first, again):
             outputs += as_tuple(OPS[name].overload(*args, **kwargs))
-            versions += [value._version for value in args if name in CACHE_WRITES and value.shape == (12, 24)]
+            versions += [value._version for value in caches]
     assert full_calls == [name]
     # Autograd is told of the write, replayed or not.
     assert versions == sorted(set(versions))
@@ -523,6 +525,10 @@ def test_hooks_that_replay_would_pass_by_see_every_call(
     """Each at the end, in the second of two kernels, or in place of the hook that was there when the plan was made."""
     from triton import knobs
 
+    from fusionpasses.kernels import mxfp4_gemm
+
+    monkeypatch.setattr(mxfp4_gemm, "for_few_tokens", lambda *_: True)
+    monkeypatch.setattr(mxfp4_gemm, "decodes_tokens", lambda *_: False)
     name = "mxfp4_gemm.default"
     args, kwargs = next(iter(OPS[name].samples(torch.device("cpu"))))
     seen: list[Any] = []
@@ -536,6 +542,7 @@ def test_hooks_that_replay_would_pass_by_see_every_call(
     recorder.launches.clear()
     assert [run(), run()] == [1, 0]
     kernels = {launched.kernel.partition(" ")[0] for launched in recorder.launches}
+    assert kernels == {"mxfp4_gemm_arrange", "mxfp4_gemm"}
     knobs.runtime.launch_exit_hook.add(seen.append)
     try:
         assert run() == 1
@@ -552,6 +559,7 @@ def test_hooks_that_replay_would_pass_by_see_every_call(
     for owner, setting, value in (
         (knobs.runtime, "launch_enter_hook", seen.append),
         (knobs.compilation, "instrumentation_mode", "other"),
+        (knobs.compilation, "fpsan_homomorphic_casts", "other"),
         (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", "")),
     ):
         if hasattr(owner, setting):
@@ -561,6 +569,11 @@ def test_hooks_that_replay_would_pass_by_see_every_call(
                 assert plans
                 assert all(plan(_values_of(args, kwargs)) is _plan.UNUSABLE for plan in plans)
     assert run() == 0
+    _launch.forget()
+    with monkeypatch.context() as patch:
+        # A function, in place of Triton's chain of hooks, is there when the plan is made.
+        patch.setattr(knobs.runtime, "launch_enter_hook", seen.append)
+        assert [run(), run()] == [1, 1]
 
 
 def _values_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -702,17 +715,18 @@ def test_a_site_has_tensors_by_name(full_calls: list[str], recorder: Recorder) -
         assert sum(changes[0]) >= 1
 
 
-def test_what_is_not_fresh_is_not_made_anew(recorder: Recorder) -> None:
+def test_what_is_not_fresh_is_not_made_anew(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusionpasses.kernels import dynamic_mxfp4_quant
 
     kernel = dynamic_mxfp4_quant.dynamic_mxfp4_quant
     x = torch.ones(4, 64).bfloat16()
 
-    def planned(outputs: Any, scratch: Sequence[Tensor] = ()) -> bool:
+    def planned(outputs: Any, scratch: Sequence[Tensor] = (), given: Tensor = x, *called: Tensor) -> bool:
         rest = dict.fromkeys(kernel.arg_names, 1)
         compiled = recorder.compiled(kernel, "key")
         launched = _plan.Launch(kernel, compiled, (1,), (), (), rest)
-        return _plan.make(_plan.Steps([launched], list(scratch)), (x,), outputs) is not None
+        steps: list[Any] = [launched, *(_plan.TorchCall(torch.Tensor.zero_, (tensor,)) for tensor in called)]
+        return _plan.make(_plan.Steps(steps, list(scratch)), (given,), outputs) is not None
 
     made = torch.ones(4, 64)
     assert planned(made)
@@ -720,8 +734,59 @@ def test_what_is_not_fresh_is_not_made_anew(recorder: Recorder) -> None:
     for outputs in (x, x.view(-1), (made, made.view(-1)), (made, made), made.t(), made[1:], made[:2], (made, 3)):
         assert not planned(outputs), outputs
     assert not planned(made, [made.view(-1)])
+    assert not planned(torch.ones(4, 64, device="meta"))
+    buffer = bytearray(64 + 16)
+    start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 16
+    assert not planned(
+        torch.frombuffer(buffer, dtype=torch.uint8, count=64, offset=8 - start if start <= 8 else 24 - start)
+    )
+    # Tensors without elements share what is not there.
+    assert planned((torch.ones(0), torch.ones(0)), [], torch.ones(0, 64))
+    # What torch is called with is given or made, too.
+    assert planned(made, [], x, made)
+    assert not planned(made, [], x, torch.ones(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")  # Triton looks at more there
+        assert not planned(made)
     launched = _plan.Launch(kernel, recorder.compiled(kernel, "key"), (1,), (), (), {})
     assert _plan.make(_plan.Steps([launched], []), (x,), made) is None  # a default of the kernel, which nobody gave
+
+
+def test_a_call_records_its_own_launches_alone(recorder: Recorder) -> None:
+    """Not those of a call in it, of another thread, or of a call before it that failed."""
+    from fusionpasses.kernels import dynamic_mxfp4_quant
+
+    def launch() -> None:
+        kernel = dynamic_mxfp4_quant.dynamic_mxfp4_quant
+        _launch._recording.current and _launch._recording.current.steps.append(
+            _plan.Launch(kernel, None, (1,), (), (), {})
+        )
+
+    def fail() -> None:
+        launch()
+        raise ValueError("no memory")
+
+    def steps(call: Any) -> int:
+        made: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_plan, "make", lambda recorded, *_: made.append(len(recorded.steps)))
+            _launch._recorded(call, (), {})
+        return made[-1]
+
+    def nested() -> None:
+        launch()
+        _launch._recorded(launch, (), {})
+        with pytest.raises(ValueError, match="no memory"):
+            _launch._recorded(fail, (), {})
+        thread = threading.Thread(target=launch)
+        thread.start()
+        thread.join()
+        launch()
+
+    assert steps(nested) == 2
+    with pytest.raises(ValueError, match="no memory"):
+        steps(fail)
+    assert _launch._recording.current is None
 
 
 def test_a_plan_keeps_its_kernel(recorder: Recorder) -> None:

@@ -199,7 +199,7 @@ def _is_fresh(output: Any, device: torch.device) -> bool:
 def _are_apart(inputs: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
     """Has each tensor that was made memory of its own? One without elements has none."""
     storages = [tensor.untyped_storage().data_ptr() for tensor in made if tensor.numel()]
-    given = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     return len(set(storages)) == len(storages) and not given.intersection(storages)
 
 
