@@ -132,6 +132,32 @@ def test_a_tensor_by_name_is_shared_by_equal_calls():
     assert len(set(re.findall(r"\b(fusionpasses_concat_and_cache_mla_\w+)\(", code))) == 1
 
 
+def test_a_symbolic_stride_makes_no_site():
+    def model(x):
+        return ours.dynamic_mxfp4_quant(x[:, :64])
+
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 1)
+    compiled, got, code = compiled_and_code(model, x)
+    assert_equal(got, model(x))
+    assert "fusionpasses.dynamic_mxfp4_quant.default(" in code
+    wider = torch.randn(5, 160, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert_equal(compiled(wider), model(wider))
+
+
+def test_lowerings_are_what_inductor_makes_of_a_custom_op():
+    """But for the call: tensors have the strides that the op's tag asks for."""
+    from torch._inductor import lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    compiled_and_code(quantized, torch.randn(5, 64, dtype=torch.bfloat16))
+    for op in OPS.values():
+        tag = get_layout_constraint_tag(op.overload, with_default=True)
+        assert lowering._maybe_layout_constraints[op.overload] is lowering.tag_to_layout_constraint(tag)
+        assert lowering.lowerings[op.overload]._is_fallback_handler
+
+
 def test_what_is_symbolic():
     import sympy
 
