@@ -38,7 +38,10 @@ _VIEWS |= {torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
 
 
 class Mlp(NamedTuple):
-    """A quant with the product of gate and up, that product in the graph, and what alone reads it."""
+    """A quant with the product of gate and up, that product in the graph, and what alone reads it.
+
+    Both are run by one provider, and a token is their last axis.
+    """
 
     first: fx.Node
     gate_up: fx.Node
@@ -54,10 +57,9 @@ def saves_a_launch(mlp: Mlp) -> bool:
         return False
     sizes = *gate_up.shape, out.shape[-1], x.shape[-1]
     if (
-        {of_first["provider"], of_second["provider"]} != {"triton"}
+        of_first["provider"] != "triton"
         or not all(isinstance(size, int) for size in sizes)
         or not gate_up.numel()
-        or of_first["axes"] != 1
         or of_first["bias"] is not None
         or {gate_up.dtype, of_second["act_dtype"] or gate_up.dtype} != {torch.bfloat16}
     ):
@@ -89,14 +91,22 @@ def _mlp_of(first: fx.Node) -> Mlp | None:
         return None
     gate_up: fx.Node | None = first
     if isinstance(first.meta.get("val"), tuple):
-        outs = [user for user in first.users if user.target is operator.getitem and user.args[1] == 0]
-        gate_up = outs[0] if len(outs) == 1 else None
+        results: dict[object, fx.Node] = {}
+        for user in first.users:
+            place: Any = user.args[1] if user.target is operator.getitem else None
+            if not isinstance(place, int) or place < 0 or place in results:
+                return None
+            results[place] = user
+        gate_up = results.get(0)
     readers = set() if gate_up is None else _readers(gate_up)
     second = readers.pop() if len(readers) == 1 else None
     if gate_up is None or second is None or second.target is not _GATED:
         return None
-    whole, gate, up = map(tensor_of, (gate_up, *second.args))
-    if whole is None or gate is None or up is None or bound_arguments(second)["axes"] != 1:
+    of_first, of_second = bound_arguments(first), bound_arguments(second)
+    if {of_first["axes"], of_second["axes"]} != {1} or of_first["provider"] != of_second["provider"]:
+        return None
+    whole, gate, up = map(tensor_of, (gate_up, of_second["gate"], of_second["up"]))
+    if whole is None or gate is None or up is None:
         return None
     half = gate.shape[-1]
     are_halves = all(
@@ -106,9 +116,7 @@ def _mlp_of(first: fx.Node) -> Mlp | None:
         and same_shape((part.storage_offset(),), (whole.storage_offset() + first_column,))
         for part, first_column in ((gate, 0), (up, half))
     )
-    others = [node for node in second.all_input_nodes if node not in second.args]
-    depends = any(node in _views(gate_up) for node in others)
-    return Mlp(first, gate_up, second) if are_halves and whole.shape[-1] == 2 * half and not depends else None
+    return Mlp(first, gate_up, second) if are_halves and whole.shape[-1] == 2 * half else None
 
 
 def _views(node: fx.Node) -> set[fx.Node]:
@@ -127,10 +135,10 @@ def _readers(node: fx.Node) -> set[fx.Node]:
 
 
 def _may_move(mlp: Mlp, writers: Sequence[fx.Node]) -> bool:
-    """Can the second stand where the first is?"""
+    """Can the second stand where the first is? What it takes besides gate and up must be there, and not written to."""
     between = [node for node in writers if mlp.first < node < mlp.second]
-    others = [node for node in mlp.second.all_input_nodes if node not in mlp.second.args]
-    return not between and all(node < mlp.first for node in others)
+    others = [of for name, of in bound_arguments(mlp.second).items() if name not in ("gate", "up")]
+    return not between and all(node < mlp.first for node in others if isinstance(node, fx.Node))
 
 
 def _join(graph: fx.Graph, mlp: Mlp) -> None:

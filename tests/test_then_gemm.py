@@ -122,6 +122,9 @@ def test_what_pairs_lack_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: path
         ["1", quant] for quant in ("rmsnorm_add_mxfp4_quant", "silu_mul_mxfp4_quant", "dynamic_mxfp4_quant")
     ]
     assert all(line.endswith("not joined with the mxfp4_gemm behind, which takes more than this") for line in said)
+    with torch.no_grad():
+        torch.compile(model, backend=fp.fusion_backend())(*inputs)
+    assert [path for path in tmp_path.rglob("*") if "rmsnorm_mxfp4_quant" in path.name]
     assert not [path for path in tmp_path.rglob("*") if "then_gemm" in path.name]
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_then_gemm import H200, layer, traced
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fusionpasses as fp
 from fusionpasses import remarks, then_gemm, then_mlp
@@ -105,14 +107,16 @@ def _weights() -> dict[str, Tensor]:
     }
 
 
-def _mlp(change: Callable[..., Any] | None = None, *, halves: Any = None, behind: Any = None) -> Callable[..., Any]:
+def _mlp(
+    change: Callable[..., Any] | None = None, *, halves: Any = None, behind: Any = None, provider: str = "auto"
+) -> Callable[..., Any]:
     def function(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> Any:
         wide = ours.dynamic_mxfp4_quant.then_gemm(x, w_codes=w, w_scales=s, out_dtype=torch.bfloat16)
         more = () if change is None else (change(wide, dw),)
         gate, up = wide.chunk(2, -1) if halves is None else halves(wide)
         dw = dw if behind is None else behind(dw)
         y = ours.silu_mul_mxfp4_quant.then_gemm(
-            gate, up, cast_order="cast_mul", w_codes=dw, w_scales=ds, out_dtype=torch.float32
+            gate, up, cast_order="cast_mul", w_codes=dw, w_scales=ds, out_dtype=torch.float32, provider=provider
         )
         return y, *more
 
@@ -124,6 +128,7 @@ FREE = {
     "chunk": _mlp(),
     "split": _mlp(halves=lambda y: y.split([64, 64], -1)),
     "slices": _mlp(halves=lambda y: (y[..., :64], y[..., 64:])),
+    "by name": lambda *tensors: _by_name(*tensors),
 }
 HINDERED = {
     "the product of gate and up is read otherwise": _mlp(lambda y, _: y.sum()),
@@ -132,13 +137,49 @@ HINDERED = {
     "gate is up": _mlp(halves=lambda y: (y[:, :64], y[:, :64])),
     "they overlap": _mlp(halves=lambda y: (y[:, :64], y[:, 32:96])),
     "they take turns": _mlp(halves=lambda y: (y[:, ::2], y[:, 1::2])),
+    "rows take turns": _mlp(halves=lambda y: (y.view(6, 64)[:3], y.view(6, 64)[1:4])),
+    "up is of another tensor": _mlp(halves=lambda y: (y[:, :64], torch.ones(3, 128, dtype=torch.bfloat16)[:, 64:])),
     "a part is left over": lambda x, w, s, dw, ds: _mlp(halves=lambda y: (y[:, :64], y[:, 64:128]))(
         x, torch.cat([w, w]), torch.cat([s, s]), dw, ds
     ),
     "rows are copied": _mlp(halves=lambda y: [part.flip(0) for part in y.chunk(2, -1)]),
     "the weight comes later": _mlp(behind=lambda w: w ^ 1),
     "something is written between": _mlp(lambda y, w: w.copy_(w ^ 1)),
+    "other providers": _mlp(provider="reference"),
+    "the product's bias is gate": lambda *tensors: _biased(*tensors),
+    "a token is the first's two last axes": lambda *tensors: _of_two_axes(*tensors),
+    "a token is the second's two last axes": lambda *tensors: _to_two_axes(*tensors),
 }
+
+
+def _by_name(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> tuple[Tensor]:
+    gate, up = ours.dynamic_mxfp4_quant.then_gemm(x, w_codes=w, w_scales=s, out_dtype=torch.bfloat16).chunk(2, -1)
+    of_down = {"w_codes": dw, "w_scales": ds, "out_dtype": torch.float32}
+    return (ours.silu_mul_mxfp4_quant.then_gemm(gate, up=up, cast_order="cast_mul", **of_down),)
+
+
+def _biased(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> Tensor:
+    gate, up = ours.dynamic_mxfp4_quant.then_gemm(x[0], w_codes=w, w_scales=s, out_dtype=torch.float32).chunk(2, -1)
+    of_down = {"w_codes": dw, "w_scales": ds, "out_dtype": torch.float32, "bias": gate[:40]}
+    y: Tensor = ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", **of_down)
+    of_down |= {"w_codes": torch.cat([dw, dw])[:64], "w_scales": torch.cat([ds, ds])[:64], "bias": gate}
+    return y + ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", **of_down)[:40]
+
+
+def _of_two_axes(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> Tensor:
+    of_up = {"w_codes": w, "w_scales": s, "out_dtype": torch.bfloat16, "axes": 2}
+    gate, up = ours.dynamic_mxfp4_quant.then_gemm(x.view(3, 2, 32), **of_up).chunk(2, -1)
+    of_down = {"w_codes": dw, "w_scales": ds, "out_dtype": torch.float32}
+    y: Tensor = ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", **of_down)
+    return y
+
+
+def _to_two_axes(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> Tensor:
+    of_up = {"w_codes": w, "w_scales": s, "out_dtype": torch.bfloat16}
+    gate, up = ours.dynamic_mxfp4_quant.then_gemm(x, **of_up).chunk(2, -1)
+    of_down = {"w_codes": torch.cat([dw] * 3, 1), "w_scales": torch.cat([ds] * 3, 1), "out_dtype": torch.float32}
+    y: Tensor = ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", axes=2, **of_down)
+    return y
 
 
 @pytest.mark.parametrize("what", FREE)
@@ -156,6 +197,64 @@ def test_others_are_left_as_they_are(why: str) -> None:
     before = str(graph)
     assert then_mlp.join(graph, lambda mlp: True) == []
     assert str(graph) == before
+
+
+def test_the_bias_may_be_no_half() -> None:
+    """Of one product, not of the two of ``_biased``, which read gate and up twice."""
+
+    def function(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> Tensor:
+        gate, up = ours.dynamic_mxfp4_quant.then_gemm(x, w_codes=w, w_scales=s, out_dtype=torch.float32).chunk(2, -1)
+        of_down = {"w_codes": dw, "w_scales": ds, "out_dtype": torch.float32, "bias": gate}
+        y: Tensor = ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", **of_down)
+        return y
+
+    weights = _weights() | dict(
+        zip(("down_codes", "down_scales"), _mxfp4.quantize(torch.randn(64, 64), "even"), strict=True)
+    )
+    graph = traced(function, torch.randn(64), *weights.values())
+    before = str(graph)
+    assert then_mlp.join(graph, lambda mlp: True) == []
+    assert str(graph) == before
+
+
+def test_results_that_no_tracer_takes_are_left() -> None:
+    def function(x: Tensor, w: Tensor, s: Tensor, dw: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+        of_up = {"w_codes": w, "w_scales": s, "out_dtype": torch.bfloat16}
+        quant = ours.rmsnorm_add_mxfp4_quant
+        y, total = quant.then_gemm(x, x, None, 1e-6, cast_order="scale_cast", **of_up)
+        gate, up = y.chunk(2, -1)
+        of_down = {"w_codes": dw, "w_scales": ds, "out_dtype": torch.float32}
+        return ours.silu_mul_mxfp4_quant.then_gemm(gate, up, cast_order="cast_mul", **of_down), total
+
+    for place in (1, -1):
+        graph = traced(function, torch.randn(3, 64), *_weights().values())
+        (first,) = (node for node in graph.nodes if node.target is ours.rmsnorm_add_mxfp4_quant.then_gemm)
+        (total,) = (user for user in first.users if user.args[1] == 1)
+        total.args = (first, place)
+        assert len(then_mlp.join(graph, lambda mlp: True)) == (place == 1)
+        graph.lint()
+
+
+def test_messages_name_arguments_of_the_call() -> None:
+    x, good = torch.randn(3, 64), _weights() | {"out_dtype": torch.float32, "down_dtype": torch.float32}
+    good |= {"act_cast_order": "cast_mul"}
+    assert ours.dynamic_mxfp4_quant.then_mlp(x, **good).shape == (3, 40)
+    three = _mxfp4.quantize(torch.randn(96, 64), "even")
+    for change, text in (
+        ({"down_codes": good["down_codes"].int()}, "down_codes.dtype: got torch.int32"),
+        ({"down_scales": good["down_scales"][1:]}, "down_scales: got"),
+        ({"down_bias": torch.ones(3)}, "down_bias: got"),
+        ({"down_dtype": torch.int8}, "down_dtype: got torch.int8"),
+        ({"down_layout": "other"}, "down_layout: got 'other'"),
+        ({"down_rows": 3}, "down_rows, down_shift: got 3 and 0"),
+        ({"act_cast_order": "other"}, "act_cast_order: got 'other'"),
+        ({"act_scale_mode": "other"}, "act_scale_mode: got 'other'"),
+        ({"activation": "other"}, "activation: got 'other'"),
+        ({"w_codes": good["w_codes"].int()}, "w_codes.dtype: got torch.int32"),
+        (dict(zip(("w_codes", "w_scales"), three, strict=True)), "w_codes: got 96 rows, allowed multiples of 64"),
+    ):
+        with pytest.raises(fp.UnsupportedInput, match=f"^{text}"):
+            ours.dynamic_mxfp4_quant.then_mlp(x, **good | change)
 
 
 # ---- where it pays
@@ -197,6 +296,9 @@ SIZES = [
     (32, 1024, 7168, False),  # and here
     (32, 18432 + 32, 7168, False),  # the second product's x is no whole columns
     (0, 18432, 7168, False),
+    (20, 18432, 7168 + 128, False),  # the first's x is no whole steps
+    (20, 2048, 4096, False),  # of a size that did not run on a GPU: three tiles of tokens, one warpgroup
+    (9, 4352, 4096, False),  # nor with a second product by mma.sync
 ]
 
 
@@ -207,7 +309,10 @@ def test_it_pays_where_the_first_product_is_of_wgmma(
 ) -> None:
     monkeypatch.setattr(remarks, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(then_mlp.arch, "of", lambda device: H200)
-    for change in ({}, {"bias": 1}, {"provider": "aiter"}, {"out_dtype": torch.float16}, {"layout": "linear"}):
+    changes: list[tuple[str, Any]] = [("bias", 1), ("provider", "aiter"), ("out_dtype", torch.float16)]
+    changes += [("layout", "linear"), ("second act_dtype", torch.float32), ("second layout", "linear")]
+    each = [({}, {name[7:]: of}) if name.startswith("second") else ({name: of}, {}) for name, of in changes]
+    for change, of_behind in (*each, ({}, {})):
         graph = fx.Graph()
         _, (x,), kwargs = next(calls(tokens, inner, width, "meta"))
         node = graph.placeholder("x")
@@ -218,10 +323,18 @@ def test_it_pays_where_the_first_product_is_of_wgmma(
         first.meta["val"] = torch.empty(tokens, 2 * inner, dtype=of_first["out_dtype"], device="meta")
         of_second = {"layout": "tiles", "rows": width, "out_dtype": torch.bfloat16, "provider": "triton"}
         second = graph.call_function(
-            ours.silu_mul_mxfp4_quant.then_gemm, (first, first), of_second | weights | {"cast_order": "cast_mul"}
+            ours.silu_mul_mxfp4_quant.then_gemm,
+            (first, first),
+            of_second | weights | {"cast_order": "cast_mul"} | of_behind,
         )
         second.meta["val"] = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
-        assert then_mlp.saves_a_launch(then_mlp.Mlp(first, first, second)) == (pays and not change), change
+        mlp = then_mlp.Mlp(first, first, second)
+        assert then_mlp.saves_a_launch(mlp) == (pays and not change and not of_behind), (change, of_behind)
+    if tokens:
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            mode.shape_env.create_unbacked_symint()
+            first.meta["val"] = torch.empty(mode.shape_env.create_unbacked_symint(), 2 * inner, dtype=torch.bfloat16)
+            assert not then_mlp.saves_a_launch(mlp)
     monkeypatch.setattr(remarks, "architecture", lambda device: None)
     assert not then_mlp.saves_a_launch(then_mlp.Mlp(first, first, second))
 
@@ -244,7 +357,14 @@ def test_what_is_launched(tokens: int, inner: int, width: int, pays: bool) -> No
             assert names[1:] == ["mxfp4_gemm_wgmma", "mxfp4_gemm_wgmma"]
             assert [launch.constants["GATE_TILES"] for launch in recorded[1:]] == [inner // 16, None]
     if pays:
-        for change in ({"act_dtype": torch.float32}, {"bias": torch.empty(2 * inner, device="meta")}):
+        moved = torch.empty(kwargs["w_codes"].numel() + 16, dtype=torch.uint8)
+        moved = moved[8 - moved.data_ptr() % 16 :][: kwargs["w_codes"].numel()].view(kwargs["w_codes"].shape)
+        for change in (
+            {"act_dtype": torch.float32},
+            {"bias": torch.empty(2 * inner, device="meta")},
+            {"out_dtype": torch.float16},
+            {"w_codes": moved},
+        ):
             with _pretended(provider, TARGETS["sm_90"]) as recorded:
                 provider.ADAPTERS[name](*args, **kwargs | change)
             assert "silu_mul_mxfp4_quant" in [launch.kernel.__name__ for launch in recorded], change

@@ -17,9 +17,6 @@ from fusionpasses.kernels import _mxfp4, _pieces, _token_order, _warpgroup
 from fusionpasses.kernels import silu_mul_mxfp4_quant as gated
 from fusionpasses.kernels._pieces import PTX
 
-#: Tiles of eight tokens, at most: each thread has a quarter of one block, or none.
-MOST_TOKEN_TILES = 4
-
 
 @triton.constexpr_function
 def _pitch(warpgroups):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusionpasses.kernels import _gated_tile, mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
+from fusionpasses.kernels import mxfp4_dequantize, mxfp4_gemm, mxfp4_gemm_dot, mxfp4_gemm_wgmma
 from fusionpasses.kernels.arch import Arch
 
 _COLUMN = 128  # elements of K
+#: Tiles of eight tokens, and warpgroups, of which a gated product's bytes were compared on a GPU.
+_GATED = ((2, 1), (3, 2), (4, 2))
 
 
 class Choice(NamedTuple):
@@ -49,10 +51,13 @@ def gated(
     if first.kernel != "mxfp4_gemm_wgmma" or token_order(first, tokens, rows, width, layout) is None:
         return None
     second = choose(tokens, rows_behind, rows // 2, arch, w4a4=True, layout=layout_behind)
-    if token_order(second, tokens, rows_behind, rows // 2, layout_behind) is None:
+    if (
+        second.kernel != "mxfp4_gemm_wgmma"
+        or token_order(second, tokens, rows_behind, rows // 2, layout_behind) is None
+    ):
         return None
     # Both halves are whole columns of the second's x, so each tile of rows is half of gate's and half of up's.
-    return (first, second) if first.options["TOKEN_TILES"] <= _gated_tile.MOST_TOKEN_TILES else None
+    return (first, second) if (first.options["TOKEN_TILES"], first.options["WARPGROUPS"]) in _GATED else None
 
 
 def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False, layout: str = "linear") -> Choice:
@@ -66,7 +71,9 @@ def choose(tokens: int, rows: int, width: int, arch: Arch, *, w4a4: bool = False
     if mxfp4_gemm_wgmma.for_some_tokens(tokens, rows, width, arch, layout, w4a4=w4a4):
         options = mxfp4_gemm_wgmma.launch_options(tokens, rows, width, arch)
         return Choice(
-            "mxfp4_gemm_wgmma", options, f"a large prepared weight, some tokens or few long rows, and {arch.name}"
+            "mxfp4_gemm_wgmma",
+            options,
+            f"a prepared weight that is not small, some tokens or few long rows, and {arch.name}",
         )
     if mxfp4_gemm.for_few_tokens(tokens, rows, width, arch):
         decodes = w4a4 and mxfp4_gemm.decodes_tokens(tokens, rows, width)

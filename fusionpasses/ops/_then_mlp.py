@@ -11,7 +11,7 @@
 A provider may leave out gate and up, and hand the quantised tokens over in whatever form suits the products.
 
 Raises:
-    UnsupportedInput: what either op refuses, or a first weight of an odd number of rows.
+    UnsupportedInput: what either op refuses, or a first weight whose halves are no whole blocks of 32 rows.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def apart(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: value for name, value in kwargs.items() if name not in BEHIND}, behind
 
 
+def _renamed(message: str) -> str:
+    """What the second op says of its arguments, of ours."""
+    given = {name: ours for ours, name in BEHIND.items()}
+    head, *rest = message.partition(": got ")
+    names = (name.partition(".") for name in head.split(", "))
+    return "".join([", ".join(f"{given.get(name, name)}{dot}{what}" for name, dot, what in names), *rest])
+
+
 def _declare(first: Op, arguments: str, others: str = "") -> Op:
     """Declare what goes on from ``first``, a quant and its product, of which ``arguments`` is the quant's schema."""
     second = silu_mul_mxfp4_quant.OP_THEN_GEMM
@@ -68,11 +76,15 @@ def _declare(first: Op, arguments: str, others: str = "") -> Op:
         of_first, of_second = apart(kwargs)
         first.check(*args, **of_first)
         gate_up = _first_of(first.fake(*args, **of_first))
-        if gate_up.shape[-1] % 2:
+        rows = gate_up.shape[-1]
+        if rows == 0 or rows % (2 * _mxfp4.BLOCK):
             raise UnsupportedInput(
-                f"w_codes: got {gate_up.shape[-1]} rows, allowed an even number: those of gate, then those of up"
+                f"w_codes: got {rows} rows, allowed multiples of {2 * _mxfp4.BLOCK}: those of gate, then as many of up"
             )
-        second.check(*gate_up.chunk(2, -1), **of_second)
+        try:
+            second.check(*gate_up.chunk(2, -1), **of_second)
+        except UnsupportedInput as error:
+            raise UnsupportedInput(_renamed(str(error))) from None
 
     def reference(*args: Any, **kwargs: Any) -> Any:
         return _both(first.reference, second.reference, args, kwargs)
