@@ -95,7 +95,7 @@ FAMILIES = (
             *("mxfp4_gemm", "mxfp4_gemm_wgmma", "mxfp4_dequantize", "gemm_choice"),
         ),
         "each choice\nof the heuristics with each layout of the weight. "
-        "The first two kernels are for sm_90 and later, the next\ntwo for sm_90.",
+        "The first three kernels are for sm_90 and later, the next\ntwo for sm_90.",
     ),
     Family(
         "cache",
