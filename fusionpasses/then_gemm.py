@@ -116,15 +116,10 @@ def join(graph: fx.Graph, pays: Callable[[Pair], Verdict] = takes_an_order) -> S
 def _pair_of(quant: fx.Node) -> Pair | None:
     if quant.target not in THEN_GEMM or not quant.args:
         return None
-    results: dict[int, fx.Node] = {}
-    for user in quant.users:
-        place: Any = user.args[1] if user.target is operator.getitem else None
-        if not isinstance(place, int) or place < 0 or place in results:
-            return None
-        results[place] = user
+    results = results_of(quant)
     if len(quant.meta.get("val", ())) != len(quant.target._schema.returns):  # type: ignore[union-attr]
         return None
-    if not {0, 1} <= results.keys():
+    if results is None or not {0, 1} <= results.keys():
         return None
     codes, scales = _flattened(results[0]), _flattened(results[1])
     readers = {*codes.users, *scales.users}
@@ -137,6 +132,17 @@ def _pair_of(quant: fx.Node) -> Pair | None:
         return None
     axes = {_axes(results[i], given[i]) for i in range(2)}
     return Pair(quant, results, gemm, axes.pop()) if len(axes) == 1 and 0 not in axes else None
+
+
+def results_of(node: fx.Node) -> dict[int, fx.Node] | None:
+    """What is taken of a node's results, by place; None if something else reads it, or takes one again."""
+    results: dict[int, fx.Node] = {}
+    for user in node.users:
+        place: Any = user.args[1] if user.target is operator.getitem else None
+        if not isinstance(place, int) or place < 0 or place in results:
+            return None
+        results[place] = user
+    return results
 
 
 def _flattened(result: fx.Node) -> fx.Node:

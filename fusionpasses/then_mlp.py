@@ -19,7 +19,7 @@ from fusionpasses import remarks
 from fusionpasses.kernels import arch
 from fusionpasses.ops._then_mlp import BEHIND
 from fusionpasses.patterns._graph import bound_arguments, call, erase_dead, same_shape, storage_of, tensor_of
-from fusionpasses.then_gemm import has_effect
+from fusionpasses.then_gemm import has_effect, results_of
 
 ours = torch.ops.fusionpasses
 
@@ -91,13 +91,7 @@ def _mlp_of(first: fx.Node) -> Mlp | None:
         return None
     gate_up: fx.Node | None = first
     if isinstance(first.meta.get("val"), tuple):
-        results: dict[object, fx.Node] = {}
-        for user in first.users:
-            place: Any = user.args[1] if user.target is operator.getitem else None
-            if not isinstance(place, int) or place < 0 or place in results:
-                return None
-            results[place] = user
-        gate_up = results.get(0)
+        gate_up = (results_of(first) or {}).get(0)
     readers = set() if gate_up is None else _readers(gate_up)
     second = readers.pop() if len(readers) == 1 else None
     if gate_up is None or second is None or second.target is not _GATED:
